@@ -1,0 +1,94 @@
+# `make` explains itself. Everything runs in .venv, which the first target that needs it sets up.
+PROFILE ?= laptop
+FIGURES := $(wildcard nbs/fig*.ipynb)
+PY      := .venv/bin/python
+STAMP   := .venv/.ready
+PAPER   := $(PY) -m papermill
+export PYTHON TORCH_INDEX CUDA
+
+# A .venv that was moved or lost its Python is set up again.
+$(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && [ -x $(PY) ] || rm -f $(STAMP))
+
+.PHONY: help setup demo figures figures-check test battery weights docs readme export clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'fluogen: generative fluorescence microscopy, in notebooks.'
+	@echo
+	@echo '  make demo            set up .venv and run figure 4 (super-resolution): about 5 minutes on 2 cores'
+	@echo '  make test            set up .venv and run the tests: under 15 minutes on 2 cores'
+	@echo
+	@echo '  make figures         every figure notebook, PROFILE=$(PROFILE) (smoke, laptop, gpu, paper) -> figures/'
+	@echo '  make figures-check   run them apart and compare the numbers with the committed ones'
+	@echo '  make battery         the reliability batteries with their full counts (hours)'
+	@echo '  make weights         how the shipped weights were made, and how to make them again'
+	@echo '  make docs            the notebooks as a web site -> site/index.html'
+	@echo
+	@echo '  make export          after editing a notebook in nbs/: write fluogen/ from nbs/, clean the notebooks'
+	@echo '  make readme          after editing nbs/index.ipynb: write README.md'
+	@echo '  make clean           remove what was built and run (keeps .venv and the committed figures)'
+	@echo
+	@echo 'Needs Python 3.11 or newer, make and git. Settings: PYTHON=python3.12, TORCH_INDEX=<index with another torch>.'
+
+setup: $(STAMP)
+	@echo "Ready. Next: make demo, or open a notebook: $(PY) -m jupyter lab nbs"
+
+$(STAMP): pyproject.toml constraints.txt .ci/setup
+	@.ci/setup
+	@echo "$(CURDIR)" > $@
+
+demo: $(STAMP)
+	@test -f nbs/fig4_sr.ipynb || { echo 'demo: nbs/fig4_sr.ipynb is not in this checkout' >&2; exit 1; }
+	@mkdir -p runs
+	@$(PAPER) nbs/fig4_sr.ipynb runs/fig4_sr.ipynb -p profile laptop </dev/null
+	@echo
+	@echo 'Look at  figures/fig4_sr/laptop/figure.png   the picture'
+	@echo '         figures/fig4_sr/laptop/claims.json  what was claimed, expected and measured'
+	@echo '         runs/fig4_sr.ipynb                  the notebook as it ran'
+	@echo 'Next:    $(PY) -m jupyter lab nbs/fig4_sr.ipynb   change a parameter and run it again'
+	@echo '         .venv/bin/fluogen restore IN.tif OUT.tif --task sr   on an image of your own'
+
+figures: $(STAMP)
+	@mkdir -p runs
+	@set -e; for nb in $(FIGURES); do echo "== $$nb, profile $(PROFILE)"; \
+	  $(PAPER) $$nb runs/$$(basename $$nb) -p profile $(PROFILE) </dev/null; done
+	@echo 'Look at figures/*/$(PROFILE)/figure.png and the claims beside them. Next: git diff --stat figures'
+
+figures-check: $(STAMP)
+	@mkdir -p runs/check
+	@set -e; for nb in $(FIGURES); do echo "== $$nb, profile $(PROFILE)"; \
+	  FLUOGEN_FIGURES="$(CURDIR)/runs/check" $(PAPER) $$nb runs/check/$$(basename $$nb) -p profile $(PROFILE) </dev/null; done
+	@$(PY) -m fluogen.report.compare figures runs/check --profile $(PROFILE)
+
+test: $(STAMP)
+	@$(PY) -m pytest --durations=10 </dev/null
+	@echo 'All passed. Next: make demo, or make battery for the full counts.'
+
+battery: $(STAMP)
+	@FLUOGEN_BATTERY=full $(PY) -m pytest -m battery --durations=10 </dev/null
+	@echo 'The batteries passed with their full counts.'
+
+weights: $(STAMP)
+	@echo 'The shipped weights lie in fluogen/weights/, each with its card (data, seed, minutes, hardware, scores).'
+	@echo 'The recipes that made them, with their run times:'
+	@$(PY) -m fluogen.cli train --list
+	@echo 'Make one again: .venv/bin/fluogen train RECIPE --minutes 20 (a GPU), or without --minutes for the CPU recipe.'
+
+docs: $(STAMP)
+	@$(PY) .ci/docs.py site
+	@$(PY) -m mkdocs build --quiet
+	@echo 'Open site/index.html in a browser.'
+
+readme: $(STAMP)
+	@$(PY) .ci/docs.py readme
+	@echo 'README.md was made from nbs/index.ipynb. Next: git diff README.md'
+
+export: $(STAMP)
+	@$(PY) -c 'from nbdev.export import nbdev_export; nbdev_export()'
+	@$(PY) -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
+	@echo 'fluogen/ was written from nbs/. Next: git diff --stat, make test'
+
+clean:
+	@rm -rf build dist site _docs _proc runs/check .pytest_cache .hypothesis figures/*/smoke
+	@find fluogen tests nbs -name __pycache__ -prune -exec rm -rf {} +
+	@echo 'Removed what was built. Kept: .venv, runs/ (executed notebooks, checkpoints), figures/. Next: make test'
