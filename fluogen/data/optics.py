@@ -10,6 +10,7 @@ __all__ = ['UPSAMPLING', 'OpticsError', 'check_bounds', 'Optics', 'otf', 'widefi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class OpticsError(FluogenError):
 
 def check_bounds(where: str, name: str, value: float, low: float, high: float, open_low=False) -> None:
     "Raise `OpticsError` unless `value` is a finite number in [low, high], or in (low, high] if `open_low`."
-    number = isinstance(value, (int, float)) and math.isfinite(value)
+    number = isinstance(value, Real) and math.isfinite(value)
     if not (number and low <= value <= high) or (open_low and value == low):
         raise OpticsError(f"{name} is impossible", where=where, found=repr(value),
                           expected=f"{'more than' if open_low else 'from'} {low:g} up to {high:g}")
