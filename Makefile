@@ -84,7 +84,7 @@ readme: $(STAMP)
 	@echo 'README.md was made from nbs/index.ipynb. Next: git diff README.md'
 
 export: $(STAMP)
-	@$(PY) -c 'from nbdev.export import nbdev_export; nbdev_export()'
+	@$(PY) -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	@$(PY) -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
 	@echo 'fluogen/ was written from nbs/. Next: git diff --stat, make test'
 

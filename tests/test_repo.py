@@ -1,0 +1,345 @@
+"Guards: what a reader may rely on in this repository. Each was seen to fail once."
+import ast
+import configparser
+import importlib.metadata
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from tree import (ROOT, copy_tree, figure_notebooks, library_notebooks, load, modules, name_of, source, tracked,
+                  under)
+
+ROOMS = ["core", "data", "metrics", "diffusion", "uncertainty", "tasks", "report", "cli", "app"]
+MIB = 2**20
+each_module = pytest.mark.parametrize("path", modules(), ids=name_of)
+each_figure = pytest.mark.parametrize("path", figure_notebooks(), ids=name_of)
+each_notebook = pytest.mark.parametrize("path", under("nbs", ".ipynb"), ids=name_of)
+
+
+def settings() -> configparser.SectionProxy:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "settings.ini")
+    return parser["DEFAULT"]
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run(*command, cwd=ROOT, **keys):
+    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, **keys)
+
+
+# ---- package and notebooks are one thing
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    "A copy of the tree in which fluogen/ was written anew from the notebooks, and the notebooks were cleaned."
+    top = copy_tree(tmp_path_factory.mktemp("tree"), "nbs", "fluogen", "settings.ini", "pyproject.toml")
+    for path in top.glob("fluogen/**/*.py"):
+        if path.name != "__init__.py":
+            path.unlink()
+    done = run("-c", "from nbdev.doclinks import nbdev_export as e; from nbdev.clean import nbdev_clean as c; e(); c()", cwd=top)
+    assert done.returncode == 0, done.stderr
+    return top
+
+
+def differing(top, folder, suffix):
+    "Names that are missing, new or different in the copy."
+    here = {name_of(path): path.read_bytes() for path in under(folder, suffix)}
+    there = {path.relative_to(top).as_posix(): path.read_bytes() for path in (top / folder).rglob("*" + suffix)}
+    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+
+
+def test_package_is_what_the_notebooks_export(exported):
+    assert differing(exported, "fluogen", ".py") == [], "run make export and commit"
+
+
+def test_notebooks_are_clean(exported):
+    assert differing(exported, "nbs", ".ipynb") == [], "run make export and commit"
+
+
+def test_the_parameters_tag_survives_cleaning(tmp_path):
+    copy_tree(tmp_path, "settings.ini", "pyproject.toml")
+    (tmp_path / "nbs").mkdir()
+    cell = {"cell_type": "code", "execution_count": 3, "id": "a1", "metadata": {"tags": ["parameters"], "x": 1},
+            "outputs": [], "source": ["seed = 0"]}
+    notebook = {"cells": [cell], "metadata": {"kernelspec": {"name": "python3", "display_name": "python3",
+                "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "nbs" / "fig.ipynb").write_text(json.dumps(notebook))
+    assert run("-c", "from nbdev.clean import nbdev_clean; nbdev_clean()", cwd=tmp_path).returncode == 0
+    cleaned = json.loads((tmp_path / "nbs" / "fig.ipynb").read_text())["cells"][0]
+    assert cleaned["metadata"] == {"tags": ["parameters"]} and cleaned["id"] == "a1"
+
+
+def exports_to(notebook) -> list[str]:
+    found = [re.match(r"#\|\s*default_exp\s+(\S+)", source(cell)) for cell in load(notebook)["cells"]]
+    return [match.group(1) for match in found if match]
+
+
+def test_one_notebook_one_module_and_no_orphans():
+    named = {name_of(notebook): exports_to(notebook) for notebook in library_notebooks()}
+    assert not {name: target for name, target in named.items() if len(target) != 1}
+    targets = ["fluogen/" + target[0].replace(".", "/") + ".py" for target in named.values()]
+    assert sorted(targets) == sorted(set(targets)), "two notebooks write one module"
+    assert sorted(targets) == [name_of(path) for path in modules()], "a module without its notebook, or the reverse"
+    for name, (target,) in named.items():     # nbs/lib/room/10_topic.ipynb -> fluogen.room.topic
+        assert re.sub(r"(^|/)\d+_", r"\1", name[len("nbs/lib/"):-len(".ipynb")]) == target.replace(".", "/")
+
+
+def test_packages_have_their_init():
+    folders = {path.parent for path in modules()}
+    assert all((folder / "__init__.py") in tracked() for folder in folders)
+
+
+# ---- notebooks
+
+@each_notebook
+def test_notebook_form(path):
+    notebook = load(path)
+    ids = [cell.get("id") for cell in notebook["cells"]]
+    assert None not in ids and len(ids) == len(set(ids)), "cell ids must be there and differ"
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    outputs = [out for cell in notebook["cells"] for out in cell.get("outputs", [])]
+    assert not [out for out in outputs if out["output_type"] == "error"], "a committed cell ended in an error"
+    assert path.stat().st_size <= (0.4 if "lib" in path.parts else 1.5) * MIB
+
+
+@pytest.mark.parametrize("path", library_notebooks(), ids=name_of)
+def test_lesson_form(path):
+    cells = load(path)["cells"]
+    text = [source(cell) for cell in cells]
+    assert text[0].startswith("#| default_exp"), "the first cell names the module"
+    assert cells[1]["cell_type"] == "markdown" and re.match(r"# \S.*\n+> \S", text[1]), "title and one-line promise"
+    assert any(re.search(r"leaves? out", cell) for cell in text[-4:]), "the last section says what this leaves out"
+    prose = sum(cell["cell_type"] == "markdown" for cell in cells)
+    assert prose >= len(cells) / 5, "a lesson has prose"
+    assert any(cell["cell_type"] == "code" and "export" not in source(cell)[:12]
+               and re.search(r"\bassert\b|\btest_(eq|fail|close)\(", source(cell)) for cell in cells)
+
+
+MACHINE = re.compile(r"(?<![\w./~…])/(?:home|root|Users|data\d*|mnt|work|tmp|opt|var)/\w")
+TEXT = (".py", ".ipynb", ".json", ".jsonl", ".md", ".yml", ".ini", ".toml", ".cff", ".sh")
+
+
+def test_no_absolute_path_of_a_machine():
+    guilty = []
+    for path in tracked():
+        if path.suffix in TEXT or path.suffix == "":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if MACHINE.search(re.sub(r'"image/png": ".*', "", line)):
+                    guilty.append(f"{name_of(path)}:{number}: {line.strip()[:80]}")
+    guilty = [line for line in guilty if not line.startswith("tests/test_repo.py")]
+    assert guilty == []
+
+
+@each_figure
+def test_figure_notebook_skeleton(path):
+    cells = load(path)["cells"]
+    assert 12 <= len(cells) <= 25
+    assert cells[0]["cell_type"] == "markdown" and source(cells[0]).startswith("# ")
+    assert not any(re.match(r"#\|\s*(export|default_exp)", source(cell)) for cell in cells)
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1 and cells.index(tagged[0]) <= 2
+    tree = ast.parse(source(tagged[0]))
+    assert all(isinstance(node, ast.Assign) and isinstance(ast.literal_eval(node.value), str | int | float | bool)
+               for node in tree.body), "parameters are flat scalars, nothing computed"
+    assert {"profile", "seed", "device"} <= {node.targets[0].id for node in tree.body}
+    assert all("#" in line for line in source(tagged[0]).splitlines() if "=" in line), "each parameter has its comment"
+    code = "\n".join(source(cell) for cell in cells if cell["cell_type"] == "code")
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("%"))
+    assert "open_run(" in code and "assert " in code
+    long = [node.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef)
+            and node.end_lineno - node.lineno >= 8]
+    assert long == [], "the mathematics belongs into fluogen.*"
+
+
+# ---- modules
+
+@each_module
+def test_module_form(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 300, "would a reader still find the idea in it?"
+    head = next(number for number, line in enumerate(lines) if line.startswith("# %%") and "auto" not in line)
+    assert max(map(len, lines[head:])) <= 140, "nbdev's own head apart, lines stay readable"
+    long = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+            and node.end_lineno - node.lineno >= 60]
+    assert long == []
+
+
+def test_pyflakes_is_content():
+    done = run("-m", "pyflakes", *map(str, modules()), *map(str, under("tests", ".py")))
+    assert done.stdout + done.stderr == ""
+
+
+def imports_of(path) -> set[str]:
+    "Modules of fluogen that a module imports, as `room.name`, also inside functions."
+    here = ["fluogen", *path.relative_to(ROOT / "fluogen").with_suffix("").parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[:-node.level] + (node.module.split(".") if node.module else [])
+            names = [base] if node.module else [base + [alias.name] for alias in node.names]
+            for target in names + ([base + [alias.name] for alias in node.names] if node.module else []):
+                if (ROOT.joinpath(*target).with_suffix(".py")).is_file():
+                    found.add(".".join(target[1:]))
+    return found
+
+
+def test_rooms_import_only_from_rooms_above():
+    graph = {".".join(path.relative_to(ROOT / "fluogen").with_suffix("").parts): imports_of(path) for path in modules()}
+    graph = {name: needs & graph.keys() for name, needs in graph.items()}
+    rank = {name: ROOMS.index(name.split(".")[0]) for name in graph}
+    assert [f"{name} <- {other}" for name in graph for other in graph[name] if rank[other] > rank[name]] == []
+    left = dict(graph)                        # take away what needs nothing that is left: a circle remains
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}, "modules that import each other in a circle"
+    assert graph["core"] == set()
+
+
+@each_module
+def test_nothing_executes_foreign_bytes(path):
+    converter = path.stem.startswith("convert")
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"} & {n.split(".")[0] for n in names}
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {key.arg: ast.unparse(key.value) for key in node.keywords}
+            assert called not in ("eval", "exec", "__import__", "os.system", "yaml.load"), f"line {node.lineno}"
+            assert given.get("allow_pickle", "False") == "False" and given.get("shell", "False") == "False"
+            if called == "torch.load":
+                assert converter and given.get("weights_only") == "True", f"line {node.lineno}"
+        if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type).endswith("Exception")):
+            assert not isinstance(node.body[0], ast.Pass), f"line {node.lineno}: an error is swallowed"
+
+
+def test_import_is_light_and_leaves_torch_alone():
+    code = "import time; t = time.perf_counter(); import fluogen, sys; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    seconds, torch_seen = run("-c", code).stdout.split()
+    assert torch_seen == "False" and float(seconds) < 1.5
+
+
+# ---- what is installed
+
+def test_requirements_agree():
+    "settings.ini, pyproject.toml and environment.yml name the same packages with the same versions."
+    ini, toml = settings(), project()["project"]
+    assert ini["requirements"].split() == toml["dependencies"]
+    extras = {key.removesuffix("_requirements"): value.split() for key, value in ini.items() if key.endswith("_requirements")}
+    assert extras == toml["optional-dependencies"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    names = {entry for entry in conda if isinstance(entry, str)}
+    wanted = toml["dependencies"] + extras["notebooks"]
+    assert {req.replace("torch>", "pytorch-gpu>") if req.startswith("torch>") else req for req in wanted} <= names
+    assert conda[-1] == {"pip": ["-e .[notebooks,dev]"]}
+    assert f"python>={ini['min_python']}" in " ".join(names) and toml["requires-python"] == f">={ini['min_python']}"
+    pinned = Requirement((ROOT / "constraints.txt").read_text().splitlines()[-1])
+    torch = next(Requirement(req) for req in toml["dependencies"] if req.startswith("torch>"))
+    assert pinned.name == "torch" and next(iter(pinned.specifier)).version in torch.specifier
+
+
+def test_the_two_nbdev_configurations_agree():
+    import fluogen
+    ini, toml = settings(), project()
+    assert ini["version"] == fluogen.__version__ and ini["description"] == toml["project"]["description"]
+    assert ini["lib_name"] == toml["project"]["name"] and ini["keywords"].split()[-1] == toml["project"]["keywords"][-1]
+    for key, value in toml["tool"]["nbdev"].items():
+        found = ini[key].split() if isinstance(value, list) else ini[key]
+        assert found == (str(value) if isinstance(value, bool) else value), key
+    script, = toml["project"]["scripts"].items()
+    assert ini["console_scripts"] == "=".join(script)
+
+
+def closure(*wanted: str) -> set[str]:
+    "The installed packages that these requirements bring along, markers of this machine applied."
+    todo, seen = [Requirement(text) for text in wanted], set()
+    while todo:
+        req = todo.pop()
+        key = (canonicalize_name(req.name), *sorted(req.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        for text in importlib.metadata.requires(req.name) or []:
+            child = Requirement(text)
+            if any(child.marker is None or child.marker.evaluate({"extra": extra}) for extra in ("", *req.extras)):
+                todo.append(child)
+    return {name for name, *_ in seen}
+
+
+def test_the_core_pulls_nothing_large():
+    import torch
+    names = closure(*project()["project"]["dependencies"])
+    assert "torch" in names and not names & {"torchvision", "jupyterlab", "transformers", "mlflow", "gradio", "pandas"}
+    if torch.version.cuda is None:
+        assert not [name for name in names if re.match(r"nvidia|cuda|triton", name)]
+
+
+def test_what_is_installed_has_no_torchvision():
+    import torch
+    installed = {canonicalize_name(dist.metadata["Name"]) for dist in importlib.metadata.distributions()}
+    assert "torchvision" not in installed
+    assert torch.version.cuda or not [name for name in installed if name.startswith("nvidia-")]
+
+
+def test_sizes():
+    weights = sum(path.stat().st_size for path in under("fluogen/weights"))
+    assert weights <= 32 * MIB
+    assert sum(path.stat().st_size for path in tracked()) < 44 * MIB
+    assert not [name_of(path) for path in under("figures", ".png") if path.stat().st_size > 300_000]
+    assert not [name_of(path) for path in under("figures") if path.name == "run.json" or "smoke" in path.parts]
+
+
+# ---- texts
+
+def docs_tool():
+    spec = importlib.util.spec_from_file_location("docs_tool", ROOT / ".ci" / "docs.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_readme_is_made_from_the_tour():
+    assert (ROOT / "README.md").read_text() == docs_tool().make_readme(), "run make readme and commit"
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 3 and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_readme_commands_exist():
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.M)) <= targets
+    notebooks = set(re.findall(r"papermill (\S+)", text))
+    assert notebooks and [path for path in notebooks if path.endswith(".ipynb") and not (ROOT / path).exists()] == []
+    said = run("-m", "fluogen.cli", "--help").stdout
+    commands = set(re.findall(r"(?:^|`|bin/)fluogen (\w+)", text, re.M))
+    assert commands and [command for command in commands if not re.search(rf"\b{command}\b", said)] == []
+
+
+def test_make_explains_itself():
+    done = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    makefile = (ROOT / "Makefile").read_text()
+    hidden = {"help", "setup"}
+    public = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split()) - hidden
+    assert done.returncode == 0 and [name for name in public if f"make {name}" not in done.stdout] == []
+
+
+@pytest.mark.parametrize("path", under("data_manifests", ".jsonl"), ids=name_of)
+def test_manifests_validate(path):
+    from fluogen.data.manifest import read_manifest
+    assert len(read_manifest(path)) > 0

@@ -1,0 +1,44 @@
+"The built wheel works in an empty folder, without the repository: code, weights and command."
+import os
+import subprocess
+import sys
+
+import pytest
+from tree import ROOT, copy_tree, modules, under
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "A folder with the installed wheel, built from the tracked files only."
+    tree, out, site = (tmp_path_factory.mktemp(name) for name in ("tree", "wheel", "site"))
+    copy_tree(tree)
+    run(tree, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out))
+    wheel, = out.glob("fluogen-*.whl")
+    run(tree, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    return site
+
+
+def run(cwd, *command, **env):
+    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env={**os.environ, **env})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def test_it_holds_every_module_and_all_weights(site):
+    held = {path.relative_to(site).as_posix() for path in (site / "fluogen").rglob("*")}
+    wanted = {path.relative_to(ROOT).as_posix() for path in [*modules(), *under("fluogen/weights")]}
+    assert wanted - held == set()
+
+
+def test_it_imports_from_an_empty_folder(site, tmp_path):
+    code = "import fluogen, fluogen.core as core; print(fluogen.__file__, core.find_root())"
+    where, root = run(tmp_path, "-c", code, PYTHONPATH=str(site)).split()
+    assert where.startswith(str(site)) and root == "None"
+
+
+def test_every_module_imports_without_the_repository(site, tmp_path):
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules()]
+    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]; print(len(sys.argv) - 1)"
+    assert int(run(tmp_path, "-c", code, *names, PYTHONPATH=str(site), MPLBACKEND="Agg")) == len(names)
+    assert list(tmp_path.iterdir()) == [], "importing writes nothing"

@@ -1,0 +1,63 @@
+"The repository as the guards see it: its root, its tracked files, its notebooks."
+import json
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache
+def tracked() -> list[Path]:
+    "Files that git tracks and that are there; without git, all that are not hidden."
+    try:
+        done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+        found = [ROOT / name for name in done.stdout.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        found = [path for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.parts)]
+    return [path for path in found if path.is_file()]
+
+
+def under(folder: str, suffix: str = "") -> list[Path]:
+    "Tracked files in a folder of the repository, sorted."
+    return sorted(path for path in tracked() if path.is_relative_to(ROOT / folder) and path.name.endswith(suffix))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def library_notebooks() -> list[Path]:
+    return under("nbs/lib", ".ipynb")
+
+
+def figure_notebooks() -> list[Path]:
+    return [path for path in under("nbs", ".ipynb") if path.parent == ROOT / "nbs" and path.name.startswith("fig")]
+
+
+def modules() -> list[Path]:
+    return [path for path in under("fluogen", ".py") if path.name not in ("__init__.py", "_modidx.py")]
+
+
+def load(notebook: Path) -> dict:
+    return json.loads(notebook.read_text(encoding="utf-8"))
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def copy_tree(to: Path, *folders: str) -> Path:
+    "The tracked files of the named folders and files (all without names), copied to an empty place."
+    for path in tracked():
+        if not folders or name_of(path).split("/")[0] in folders:
+            there = to / path.relative_to(ROOT)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, there)
+    return to
+
+
+def git_status(*folders: str) -> str:
+    "What git sees changed, untracked files included; empty outside a repository."
+    return subprocess.run(["git", "status", "--porcelain", "--", *folders], cwd=ROOT, capture_output=True, text=True).stdout
