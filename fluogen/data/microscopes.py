@@ -14,34 +14,38 @@ from .optics import UPSAMPLING, Camera, Optics, OpticsError, check_bounds
 # %% ../../nbs/lib/data/35_microscopes.ipynb #d7996db0
 @dataclass(frozen=True)
 class OpticsRange:
-    "Bands that a simulated microscope is drawn from; every quantity lists disjoint, increasing (low, high) bands."
+    "Bands that a simulated microscope is drawn from: for each quantity disjoint, increasing (low, high)."
     name: str
-    na: tuple = ((1.30, 1.35), (1.38, 1.43), (1.46, 1.49))                  # uniform
-    wavelength_nm: tuple = ((500, 520), (535, 560), (580, 620))             # emission, uniform
-    photons: tuple = ((50, 90), (130, 250), (370, 1000))                    # peak of one image, log-uniform
-    background: tuple = ((0.02, 0.15),)                                     # fraction of `photons`, everywhere
-    read_noise: tuple = ((0.9, 2.2),)                                       # photoelectrons
-    haze: tuple = ((0.0, 0.25),)                                            # share of out-of-focus light
-    reserved: bool = False                                                  # never to be trained on
+    na: tuple = ((1.30, 1.35), (1.38, 1.43), (1.46, 1.49))              # uniform
+    wavelength_nm: tuple = ((500, 520), (535, 560), (580, 620))         # emission, uniform
+    photons: tuple = ((50, 90), (130, 250), (370, 1000))                # peak of one image, log-uniform
+    background: tuple = ((0.02, 0.15),)                                 # fraction of `photons`, everywhere
+    read_noise: tuple = ((0.9, 2.2),)                                   # photoelectrons
+    haze: tuple = ((0.0, 0.25),)                                        # share of out-of-focus light
+    reserved: bool = False                                              # never to be trained on
 
     def __post_init__(self):
         for name in ("na", "wavelength_nm", "photons", "background", "read_noise", "haze"):
             edges = [edge for band in getattr(self, name) for edge in band]
             if not edges or edges != sorted(edges):
-                raise OpticsError(f"{name} bands must be increasing and disjoint", where=f"OpticsRange {self.name}",
-                                  found=getattr(self, name), expected="((low, high), …)")
+                raise OpticsError(f"{name} bands must be increasing and disjoint",
+                                  expected="((low, high), …)", where=f"OpticsRange {self.name}", found=getattr(self, name))
         check_bounds(f"OpticsRange {self.name}", "na", self.na[-1][1], 0.0, 1.51)
         check_bounds(f"OpticsRange {self.name}", "photons", self.photons[0][0], 0.0, 1e7, open_low=True)
 
 
 TRAIN = OpticsRange("train")
-HELD_OUT = OpticsRange("held-out", na=((1.355, 1.375), (1.435, 1.455)), wavelength_nm=((523, 532), (563, 577)),
-                       photons=((95, 125), (260, 360)), reserved=True)
-OUT_OF_RANGE = OpticsRange("out-of-range", na=((1.05, 1.20),), wavelength_nm=((640, 690),), photons=((20, 45),),
-                           background=((0.2, 0.4),), haze=((0.3, 0.5),), reserved=True)
+HELD_OUT = OpticsRange("held-out", na=((1.355, 1.375), (1.435, 1.455)), reserved=True,
+                       wavelength_nm=((523, 532), (563, 577)), photons=((95, 125), (260, 360)))
+OUT_OF_RANGE = OpticsRange("out-of-range", na=((1.05, 1.20),), wavelength_nm=((640, 690),), reserved=True,
+                           photons=((20, 45),), background=((0.2, 0.4),), haze=((0.3, 0.5),))
 
 # %% ../../nbs/lib/data/35_microscopes.ipynb #ffce944b
-def list_overlaps(first: OpticsRange, second: OpticsRange, names=("na", "wavelength_nm", "photons")) -> list[str]:
+def list_overlaps(
+    first: OpticsRange,
+    second: OpticsRange,
+    names=("na", "wavelength_nm", "photons"),       # quantities to compare
+) -> list[str]:
     "The quantities in which two ranges share a value; empty for ranges that are disjoint in every one."
     def touch(one, other): return any(a <= d and c <= b for a, b in one for c, d in other)
     return [name for name in names if touch(getattr(first, name), getattr(second, name))]
@@ -69,7 +73,8 @@ def draw_setups(
     def draw(bands, log=False):
         edges = [tuple(math.log(edge) if log else edge for edge in band) for band in bands]
         widths = [high - low for low, high in edges]
-        pick = rng.choice(len(edges), size=n, p=[width / sum(widths) for width in widths] if sum(widths) else None)
+        share = [width / sum(widths) for width in widths] if sum(widths) else None
+        pick = rng.choice(len(edges), size=n, p=share)
         values = [low + (high - low) * u for (low, high), u in zip([edges[i] for i in pick], rng.random(n))]
         return [math.exp(value) if log else float(value) for value in values]
 
