@@ -21,7 +21,7 @@ class NetworkInputError(FluogenError):
 
 
 class JsonConfig:
-    "What every configuration here can do: go to JSON and come back, refusing unknown keys and invalid shapes."
+    "What every configuration can do: go to JSON and back, refuse unknown keys and invalid shapes."
 
     def to_json(self) -> str:
         "One JSON object, keys in the order of the fields."
@@ -42,7 +42,8 @@ class JsonConfig:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                raise NetworkConfigError("unknown key", where=cls.__name__, found=key, expected=", ".join(known))
+                raise NetworkConfigError("unknown key", where=cls.__name__, found=key,
+                                         expected=", ".join(known))
         return cls(**values)
 
     def __post_init__(self):
@@ -51,7 +52,8 @@ class JsonConfig:
                 object.__setattr__(self, field.name, tuple(value))
         for wrong, name, expected in self.list_rules():
             if wrong:
-                raise NetworkConfigError("this network cannot be built", where=f"{type(self).__name__}.{name}",
+                where = f"{type(self).__name__}.{name}"
+                raise NetworkConfigError("this network cannot be built", where=where,
                                          found=getattr(self, name), expected=expected)
 
 
@@ -66,7 +68,7 @@ class BackboneShape(JsonConfig):
     in_channels: int = 1                        # channels of the noisy picture
     out_channels: int = 1                       # channels of the prediction
     channels: tuple = (48, 80, 96)              # one number a level, from the finest to the coarsest
-    blocks_per_level: int = 1                   # residual blocks a level on the way down; one more on the way up
+    blocks_per_level: int = 1                   # residual blocks a level going down; one more going up
     attention_levels: tuple = ()                # levels (0 = finest) with attention after each block
     up_attention_levels: tuple | None = None    # the same for the way up; None: the same levels
     mid_attention: bool = True                  # attention between the two blocks at the bottom
@@ -75,7 +77,7 @@ class BackboneShape(JsonConfig):
     groups: int = 8                             # groups of every GroupNorm
     mid_groups: int | None = None               # where the attention at the bottom differs; None: groups
     time_width: int = 48                        # width of the sinusoid; the embedding is four times as wide
-    prompt_width: int = 64                      # width of the (flattened) prompt; 0: the network takes no prompt
+    prompt_width: int = 64                      # width of the (flattened) prompt; 0: takes no prompt
     stem: str = "unshuffle2"                    # "conv": on pixels; "unshuffle2": on 2 x 2 blocks of pixels
     norm_eps: float = 1e-5                      # epsilon of every GroupNorm
 
@@ -83,13 +85,15 @@ class BackboneShape(JsonConfig):
         levels = range(len(self.channels))
         ups = self.up_attention_levels or ()
         wide = {n for i, n in enumerate(self.channels) if i in self.attention_levels or i in ups}
-        for name in ("in_channels", "out_channels", "blocks_per_level", "groups", "head_dim", "mid_groups", "mid_head_dim"):
+        for name in ("in_channels", "out_channels", "blocks_per_level", "groups", "head_dim", "mid_groups",
+                     "mid_head_dim"):
             value = getattr(self, name)
             yield not (is_whole(value, 1) or value is None and "mid" in name), name, "a whole number >= 1"
-        yield not (levels and all(is_whole(n, 1) for n in self.channels)), "channels", "a whole number for each level"
+        whole = [is_whole(n, 1) for n in self.channels]
+        yield not whole or not all(whole), "channels", "a whole number for each level"
         yield any(n % self.groups for n in self.channels), "channels", f"multiples of groups = {self.groups}"
-        yield any(i not in levels for i in self.attention_levels), "attention_levels", f"levels of {[*levels]}"
-        yield any(i not in levels for i in ups), "up_attention_levels", f"levels of {[*levels]}"
+        yield any(i not in levels for i in self.attention_levels), "attention_levels", f"of {[*levels]}"
+        yield any(i not in levels for i in ups), "up_attention_levels", f"of {[*levels]}"
         yield any(n % self.head_dim for n in wide), "head_dim", f"a divisor of {sorted(wide)}"
         for name, value in self.mid_attention_numbers.items() if self.mid_attention else ():
             yield self.channels[-1] % value, name, f"a divisor of {self.channels[-1]}"
@@ -121,8 +125,9 @@ class BackboneConfig(BackboneShape):
     @classmethod
     def paper(cls, **changes):
         "The published network: 144.2 M parameters, attention at 32 x 32 of 512 x 512 and at the bottom."
-        return cls(**{**dict(channels=(128, 128, 256, 256, 512, 512), blocks_per_level=2, attention_levels=(4,),
-                             head_dim=8, groups=32, time_width=128, prompt_width=77 * 768, stem="conv"), **changes})
+        return cls(**{**dict(channels=(128, 128, 256, 256, 512, 512), blocks_per_level=2,
+                             attention_levels=(4,), head_dim=8, groups=32, time_width=128,
+                             prompt_width=77 * 768, stem="conv"), **changes})
 
     @property
     def stem_factor(self) -> int:
@@ -136,7 +141,7 @@ class BackboneConfig(BackboneShape):
 
     @property
     def skip_channels(self) -> tuple:
-        "Channels of every skip in the order they are made: stem, then each level's blocks and its downsampling."
+        "Channels of every skip in the order they are made: stem, then each level's blocks and halving."
         skips = [self.channels[0]]
         for i, n in enumerate(self.channels):
             skips += [n] * (self.blocks_per_level + (i < len(self.channels) - 1))
