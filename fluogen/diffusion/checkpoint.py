@@ -9,6 +9,7 @@ __all__ = ['CheckpointError', 'hash_tensors', 'save_tensors', 'load_tensors', 'l
 # %% ../../nbs/lib/diffusion/72_checkpoint.ipynb #bd58c6a1
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ class CheckpointError(FluogenError):
     "A checkpoint is missing, damaged, or belongs to another run."
 
 # %% ../../nbs/lib/diffusion/72_checkpoint.ipynb #9dc6b0f4
-def _bytes(tensor):
-    "The bits of a tensor, of any dtype, on the CPU, in row-major order."
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _rows(named):
+    "Tensors on the CPU in row-major order, whatever device and layout they had."
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
 
 def hash_tensors(
@@ -34,10 +35,9 @@ def hash_tensors(
 ) -> str:                   # 32 hexadecimal digits
     "A short name for a set of named tensors; equal exactly when every bit is."
     digest = hashlib.blake2b(note.encode(), digest_size=16)
-    for name in sorted(named):
-        tensor = named[name]
+    for name, tensor in sorted(_rows(named).items()):
         digest.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())         # the bits, of any type
     return digest.hexdigest()
 
 # %% ../../nbs/lib/diffusion/72_checkpoint.ipynb #99c6ff62
@@ -46,15 +46,15 @@ def save_tensors(
     tensors: dict,                  # name -> tensor
     notes: dict | None = None,      # JSON-able facts kept in the header
 ) -> None:
-    "Write tensors and notes as one safetensors file that knows its own hash. Raises `CheckpointError` (disk full …)."
+    "Write tensors and notes as one file that knows its own hash. Raises `CheckpointError` (disk full …)."
     text = json.dumps(notes or {}, sort_keys=True)
     header = {"notes": text, "content": hash_tensors(tensors, text)}
     try:
         with atomic_write(path) as temporary:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(temporary), header)
+            save_file(_rows(tensors), str(temporary), header)
     except (OSError, SafetensorError) as error:
         raise CheckpointError("could not be written", where=path, found=error,
-                              hint="Free some space or choose another folder; earlier files are intact.") from error
+                              hint="Free some space; earlier files are intact.") from error
 
 
 def load_tensors(path) -> tuple[dict, dict]:
@@ -96,17 +96,18 @@ def save_checkpoint(
 ) -> None:
     "Write one generation atomically, then drop all but it and the one before. Raises `CheckpointError`."
     paper, data = _paths(folder, step)
+    hint = "Free some space; the checkpoint before is intact."
     try:
         with atomic_write(data) as temporary:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(temporary))
+            save_file(_rows(tensors), str(temporary))
             facts = json.loads(json.dumps({**facts, "step": step, "tensors_sha256": hash_file(temporary)}))
         with atomic_write(paper) as temporary:
-            Path(temporary).write_text(json.dumps({"facts": facts, "sha256": _hash_facts(facts)}, indent=1) + "\n")
+            signed = {"facts": facts, "sha256": _hash_facts(facts)}
+            Path(temporary).write_text(json.dumps(signed, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError("checkpoint could not be written", where=data, found=error,
-                              hint="Free some space or choose another folder; the last good one is intact.") from error
-    before = [s for s in list_checkpoints(folder) if s < step][-1:]
-    for old in set(list_checkpoints(folder)) - {step, *before}:       # older ones, and newer ones that were damaged
+        raise CheckpointError("could not be written", where=data, found=error, hint=hint) from error
+    steps = list_checkpoints(folder)
+    for old in set(steps) - {step, *[s for s in steps if s < step][-1:]}:   # older ones; newer, damaged ones
         for path in _paths(folder, old):
             path.unlink(missing_ok=True)
 
@@ -118,19 +119,19 @@ def _read_generation(folder, step):
         text = json.loads(paper.read_text())
         facts = text["facts"]
         if text["sha256"] != _hash_facts(facts) or facts["step"] != step:
-            raise CheckpointError("checkpoint damaged: its facts do not match their hash", where=paper)
+            raise CheckpointError("checkpoint damaged: its facts are altered", where=paper)
         if not data.is_file() or hash_file(data) != facts["tensors_sha256"]:
-            raise CheckpointError("checkpoint damaged: its tensors are missing or do not match their hash", where=data)
+            raise CheckpointError("checkpoint damaged: its tensors are missing or altered", where=data)
         return load_file(str(data)), facts
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError("checkpoint damaged: not readable", where=paper, found=error) from error
 
-
+# %% ../../nbs/lib/diffusion/72_checkpoint.ipynb #0fe063b8
 def load_checkpoint(
     folder,                     # of the run
     fallback: bool = False,     # take the generation before when the newest is damaged (and say so)
 ):                              # -> (tensors, facts); None when the folder has no checkpoint
-    "The newest generation, verified. Raises `CheckpointError` when it is damaged, naming the one that is not."
+    "The newest generation, verified. Raises `CheckpointError` when it is damaged, naming the one before."
     steps = list_checkpoints(folder)
     if not steps:
         return None
@@ -140,15 +141,15 @@ def load_checkpoint(
         if len(steps) < 2:
             raise
         if not fallback:
-            raise CheckpointError(f"{error.what}; the generation before, step {steps[-2]}, is there",
-                                  where=error.where, found=error.found, hint="Resume with resume='previous'.") from error
-        print(f"{error}\nGoing on from the generation before: step {steps[-2]}.")
+            what, hint = f"{error.what}; the one before, step {steps[-2]}, is there", "Use resume='previous'."
+            raise CheckpointError(what, where=error.where, found=error.found, hint=hint) from error
+        print(f"{error}\nTaking the checkpoint before, step {steps[-2]}.", file=sys.stderr)
         return _read_generation(folder, steps[-2])
 
-
+# %% ../../nbs/lib/diffusion/72_checkpoint.ipynb #117ac294
 def sweep_checkpoints(folder) -> list[str]:
-    "Remove what a killed process left: temporary files, and tensors that never got their JSON. Returns the names."
-    swept = [Path(path).name for path in sweep_temporaries(folder) or ()]
+    "Remove what a killed process left: temporary files, and tensors without their JSON. Gives the names."
+    swept = [path.name for path in sweep_temporaries(folder)]
     whole = {f"step-{step:08d}" for step in list_checkpoints(folder)}
     for path in Path(folder).glob("step-*.safetensors"):
         if path.stem not in whole:

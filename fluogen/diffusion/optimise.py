@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingError', 'TrainConfig', 'check_config', 'learning_rate', 'copy_into', 'ema_decay_at', 'Ema', 'join_modules',
-           'select_trainable', 'select_state', 'group_parameters', 'set_training']
+           'select_trainable', 'select_state', 'group_parameters', 'set_training', 'place']
 
 # %% ../../nbs/lib/diffusion/68_optimise.ipynb #73b42105
 import math
@@ -50,10 +50,12 @@ class TrainConfig:
 # %% ../../nbs/lib/diffusion/68_optimise.ipynb #66a3f116
 def check_config(config: TrainConfig) -> None:
     "Raises `TrainingError` for a setting that cannot be meant, naming it."
-    closed = {"schedule": ("constant", "cosine"), "precision": ("fp32", "bf16", "fp16"), "device": ("auto", "cpu")}
+    closed = {"schedule": ("constant", "cosine"), "precision": ("fp32", "bf16", "fp16"),
+              "device": ("auto", "cpu")}
     for name, allowed in closed.items():
         if getattr(config, name) not in allowed:
-            raise TrainingError("unknown value", where=name, found=getattr(config, name), expected=" or ".join(allowed))
+            raise TrainingError("unknown value", where=name, found=getattr(config, name),
+                                expected=" or ".join(allowed))
     for name in ("steps", "accumulate", "log_every", "max_skips"):
         if getattr(config, name) < 1:
             raise TrainingError("too small", where=name, found=getattr(config, name), expected="1 or more")
@@ -61,7 +63,7 @@ def check_config(config: TrainConfig) -> None:
         if not getattr(config, name) >= 0:
             raise TrainingError("negative", where=name, found=getattr(config, name), expected="0 or more")
     if not 0 <= config.ema_decay < 1:
-        raise TrainingError("out of range", where="ema_decay", found=config.ema_decay, expected="0 ≤ ema_decay < 1")
+        raise TrainingError("out of range", where="ema_decay", found=config.ema_decay, expected="0 … < 1")
     if config.patience and not config.validate_every:
         raise TrainingError("patience without validation", where="patience", found=config.patience,
                             hint="Set validate_every.")
@@ -70,8 +72,9 @@ def check_config(config: TrainConfig) -> None:
 def learning_rate(config: TrainConfig, step: int) -> float:
     "A pure function of the step: nothing to store, nothing to get out of step with."
     warm = min(1.0, (step + 1) / max(1, config.warmup))
-    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps))) if config.schedule == "cosine" else 1.0
-    return config.lr * warm * fall
+    if config.schedule == "constant":
+        return config.lr * warm
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
 
 # %% ../../nbs/lib/diffusion/68_optimise.ipynb #1170de3d
 @torch.no_grad()
@@ -119,7 +122,7 @@ def join_modules(modules) -> torch.nn.Module:
 
 
 def select_trainable(net: torch.nn.Module, trainable=None) -> dict:
-    "name -> parameter to train. trainable: None (all that require gradients), prefixes of names, or name -> bool."
+    "name -> parameter to train, by: None (all that require gradients), prefixes of names, or name -> bool."
     def chosen(name, parameter):
         if trainable is None:
             return parameter.requires_grad
@@ -127,7 +130,7 @@ def select_trainable(net: torch.nn.Module, trainable=None) -> dict:
     picked = {n: p for n, p in net.named_parameters() if chosen(n, p)}
     if not picked:
         raise TrainingError("nothing to train", where="trainable", found=trainable,
-                            hint=f"Names begin like {', '.join(n for n, _ in list(net.named_parameters())[:3])}.")
+                            hint=f"Names are like {', '.join(n for n, _ in [*net.named_parameters()][:3])}.")
     return picked
 
 
@@ -146,8 +149,16 @@ def group_parameters(trained: dict, weight_decay: float) -> list[dict]:
 
 
 def set_training(net: torch.nn.Module) -> None:
-    "Training mode where something is trained, evaluation mode in frozen parts (their dropout and statistics rest)."
+    "Training mode where something is trained, evaluation mode in frozen parts (dropout, statistics rest)."
     net.train(any(p.requires_grad for p in net.parameters()))
     for child in net.children():
         if any(True for _ in child.parameters()):
             set_training(child)
+
+# %% ../../nbs/lib/diffusion/68_optimise.ipynb #5acd8552
+def place(batch: dict, device, channels_last: bool) -> dict:
+    "A batch on the device, pictures in the layout of the weights; what is no tensor stays."
+    def layout(tensor):
+        return torch.channels_last if channels_last and tensor.ndim == 4 else torch.preserve_format
+    return {key: value.to(device, memory_format=layout(value)) if torch.is_tensor(value) else value
+            for key, value in batch.items()}
