@@ -9,7 +9,6 @@ __all__ = ['Canvas', 'paint_points', 'take_ids', 'Stamp', 'spline_basis', 'smoot
 import math
 
 import torch
-import torch.nn.functional as F
 
 # %% ../../nbs/lib/data/38_canvas.ipynb #b224f55f
 class Canvas:
@@ -63,6 +62,10 @@ class Canvas:
         if self.labels is not None and labels is not None:
             inner = self._crop(self.labels)
             inner.copy_(torch.maximum(inner, labels.to(torch.int32)))
+
+    def multiply(self, image):
+        "Scale what has been painted so far, pixel by pixel, by a (n, H, W) picture."
+        self._crop(self.flat).mul_(image)
 
     def pixels(self):
         "Pixel centres in um: y (1, H, 1) and x (1, 1, W)."
@@ -130,6 +133,12 @@ class Stamp:
     def cover(self, values):
         "Like `add`, but overlapping objects keep the brighter: for solid things that hide each other."
         self.canvas.flat.scatter_reduce_(0, self.index.flatten(), values.expand(self.index.shape).flatten(), "amax")
+
+    def fade(self, part):
+        "Take away a part (n, m, k, k) of what has been painted: 0 nothing, 1 all; parts of several objects multiply."
+        part = torch.log1p(-part.clamp(0, 0.98)).expand(self.index.shape)
+        total = torch.zeros_like(self.canvas.flat).scatter_add_(0, self.index.flatten(), part.flatten())
+        self.canvas.flat.mul_(total.exp())
 
     def label(self, inside, ids):
         "Write the labels (n, m) of `take_ids` where `inside` (n, m, k, k) is true."

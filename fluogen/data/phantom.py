@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import FluogenError
-from . import organelles
+from . import organelles, tissues
 from .canvas import Canvas
 
 # %% ../../nbs/lib/data/40_phantom.ipynb #eef0156d
@@ -52,6 +52,20 @@ STRUCTURES: dict[str, StructureSpec] = {spec.name: spec for spec in (
                   "bent and branching tubes", organelles.paint_mitochondria),
     StructureSpec("lysosomes", ("Lysosomes of HeLa",), 0.05,
                   "vesicles, filled or hollow", organelles.paint_lysosomes),
+    StructureSpec("nuclei", ("Nucleus of BPAE", "DNA of U2OS", "Nuclei of PC-3"), 0.65,
+                  "bent ellipses with chromatin", tissues.paint_nuclei,
+                  {"DNA of U2OS": dict(radius_um=(6.0, 8.5), spacing=3.2, keep=(0.5, 1.0), texture=0.12),
+                   "Nuclei of PC-3": dict(radius_um=(5.0, 8.0), spacing=5.5, keep=(0.05, 0.5), texture=0.1, spread=0.5)},
+                  {"Nucleus of BPAE": 0.2}),
+    StructureSpec("cytoplasm", ("ER of U2OS", "RNA of U2OS"), 0.65,
+                  "neighbouring whole cells, stained throughout", tissues.paint_sheet,
+                  {"RNA of U2OS": dict(stain="rna")}),
+    StructureSpec("membranes", ("Zebrafish embryos",), 0.25,
+                  "walls between the cells of a tissue", tissues.paint_membranes),
+    StructureSpec("cocci", ("S. aureus",), 0.04,
+                  "dividing spheres with a stained membrane", tissues.paint_cocci),
+    StructureSpec("rods", ("E. coli",), 0.05,
+                  "rods with round ends, membrane or cytosol stained", tissues.paint_rods),
 )}
 
 
