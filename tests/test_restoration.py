@@ -149,7 +149,7 @@ def test_checkerboard_undoes_the_half_pixel_shift():
     scene = low_pass(np.random.default_rng(4).standard_normal((256, 300)), 0.2, 1)      # below a quarter: no aliasing
     for pair in split_checkerboard(scene):
         frequency, aligned = correlate_rings(*pair)
-        assert aligned[5:100].min() > 0.99 > 0.8 > correlate_rings(*pair[:2])[1][5:100].min()
+        assert aligned[5:45].min() > 0.99 > 0.8 > correlate_rings(*pair[:2])[1][5:45].min()
 
 
 def test_rings_scale_with_the_pixel_and_stack():
