@@ -59,7 +59,7 @@ def paint_microtubules(
     bright = canvas.brightness(0.35, m, 1) * canvas.chance(u(0.3, 1.0, 1, 1), m, 1)
     bright[:, :2] = 1.0
     place = torch.linspace(0, 1, points.shape[-1], device=canvas.device)
-    tip = canvas.chance(0.3, m, 1) * u(0.1, 0.5, m, 1)                   # a third end inside
+    tip = canvas.chance(0.2, m, 1) * u(0.1, 0.5, m, 1)                   # some end inside
     bright = bright * soft_step((place - tip) * length, 0.15)
     step = length / (points.shape[-1] - 1)
     paint_points(canvas, points, bright * ragged(canvas, points.shape[1:], u(0.2, 0.9, 1, 1)) * step, take_ids(canvas, m))
@@ -68,29 +68,32 @@ def paint_microtubules(
 # %% ../../nbs/lib/data/46_organelles.ipynb #ecb8ca4f
 def paint_mesh(
     canvas: Canvas,
-    nodes,              # (2, n, k) um: where filaments radiate from
+    nodes,              # (2, n, k) um: where some of the filaments meet
     density: float,     # um of filament per um2
     length_um: float,
     bright,             # (n, 1, 1)
+    bend: tuple[float, float] = (0.4, 1.3),     # range of the curvature, 1/um
+    grain=None,         # (n, 1) a common direction, radians
 ):
-    "Thin wavy filaments, half of them radiating from nodes."
+    "Thin wavy filaments; a third of them leaves from nodes, in two or three strands each."
     u = canvas.uniform
     m = count_curves(canvas, density, length_um, 0.4 * length_um)
-    start = scatter_anchors(canvas, m, 0.4 * length_um)
-    heading = u(0, 2 * math.pi, m)
-    k = nodes.shape[-1]
+    start, heading, k = scatter_anchors(canvas, m, 0.4 * length_um), u(0, 2 * math.pi, m), nodes.shape[-1]
+    if grain is not None:                                                    # followed by few or by most
+        heading = torch.where(u(0, 1, m) < u(0.0, 0.9, 1), grain + canvas.normal(m) * 0.35, heading)
     if k:
-        half = m // 2 // k * k
-        center = nodes.repeat(1, 1, half // k)
-        outward = heading[:, :half]
-        bundle = u(0, 2 * math.pi, k).repeat(1, half // k) + canvas.normal(half) * 0.8
-        heading = torch.cat([torch.where(outward > 2.5, outward, bundle), heading[:, half:]], 1)
-        reach = 0.35 * length_um * u(0.1, 1.0, half)
-        beside = center + torch.stack([heading[:, :half].sin(), heading[:, :half].cos()]) * reach
-        start = torch.cat([beside + canvas.normal(2, half).movedim(1, 0) * 0.12, start[..., half:]], -1)
-    points = walk(canvas, start, heading, length_um, curl(canvas, m, length_um, u(0.3, 1.0, 1, 1), 0.3), step_px=1.3)
+        part = m // 3 // k * k
+        strand = torch.stack([u(0, 2 * math.pi, k) for _ in range(3)], -1)                            # (n, k, 3)
+        which = (u(0, 3, k, part // k)).long().clamp_max(2)
+        leave = strand.gather(2, which).flatten(1) + canvas.normal(part) * 0.22
+        reach = length_um * u(0.25, 0.5, part)
+        place = nodes[..., None].expand(-1, -1, -1, part // k).flatten(2)
+        place = place + torch.stack([leave.sin(), leave.cos()]) * reach + canvas.normal(2, part).movedim(1, 0) * 0.1
+        heading = torch.cat([leave, heading[:, part:]], 1)
+        start = torch.cat([place, start[..., part:]], -1)
+    points = walk(canvas, start, heading, length_um, curl(canvas, m, length_um, u(*bend, 1, 1), 0.35), step_px=1.3)
     fade = round_ends(points.shape[-1], length_um, length_um / 2, canvas.device)
-    weight = bright * canvas.brightness(0.7, m, 1) * fade * ragged(canvas, points.shape[1:], 0.9)
+    weight = bright * canvas.brightness(0.6, m, 1) * fade * ragged(canvas, points.shape[1:], 0.9)
     paint_points(canvas, points, weight * (length_um / (points.shape[-1] - 1)), take_ids(canvas, m))
 
 
@@ -106,7 +109,7 @@ def paint_bundles(
 ):
     "Thick fibres: strands side by side that share a course, start and stop at their own places, and part at an end."
     u, m = canvas.uniform, heading.shape[1]
-    course = walk(canvas, start, heading, length_um, curl(canvas, m, length_um, bend, 0.7))           # (2, n, m, s)
+    course = walk(canvas, start, heading, length_um, curl(canvas, m, length_um, bend, 0.7), step_px=1.3)
     s = course.shape[-1]
     place = torch.linspace(0, 1, s, device=canvas.device)
     apart = canvas.normal(m, strands, 1) * width_um[..., None]
@@ -118,32 +121,42 @@ def paint_bundles(
     weight = weight * canvas.uniform(0.4, 1.6, m, strands, s) * (length_um / (s - 1))
     paint_points(canvas, lines, weight, take_ids(canvas, m))
 
-
+# %% ../../nbs/lib/data/46_organelles.ipynb #786c18c4
 def paint_factin(
     canvas: Canvas,
-    fibres: float = 0.0,        # 0: cortex with spikes and asters (COS-7); 1: parallel stress fibres in a whole cell (BPAE)
+    fibres: float = 0.0,        # 0: mesh, knots, spikes (COS-7); 1: parallel stress fibres in a whole cell (BPAE)
 ):
-    "A fine mesh around bright knots, and thick bundles that end in the field; or parallel stress fibres."
+    "A fine mesh around bright knots, and groups of thick bundles that end in the field; or parallel stress fibres."
     u, field = canvas.uniform, canvas.field_um
     outline = draw_outline(canvas, slender=(1.0, 1.0 + 1.5 * fibres), wobble=0.12 + 0.1 * fibres, edge=0.25)
-    k = max(1, round(field**2 * 0.10)) if not fibres else 0
-    nodes = scatter_anchors(canvas, k, 0.3)
-    mesh = u(0.12, 0.6, 1, 1)
-    paint_mesh(canvas, nodes, 14.0 if not fibres else 3.0, min(2.5, field), mesh)
-    length = min(4.0 if not fibres else 14.0, 1.5 * field)
-    m = count_curves(canvas, 0.35 if not fibres else 1.2, length, 0.3 * length)
-    start = scatter_anchors(canvas, m, 0.3 * length)
+    k = max(1, round(field**2 * 0.12)) if not fibres else 0
+    nodes, mesh = scatter_anchors(canvas, k, 0.3), u(0.1, 0.5, 1, 1)
     common = u(0, 2 * math.pi, 1)
-    heading = common + canvas.normal(m) * (0.7 - 0.55 * fibres) + math.pi / 2 * canvas.chance(0.25 * (1 - fibres), m)
-    bright = canvas.brightness(0.8, m, 1) * u(0.3, 1.0, 1, 1) * canvas.chance(u(0.2, 1.0, 1, 1), m, 1)
-    paint_bundles(canvas, start, heading, length, u(0.04, 0.16, m, 1), bright, bend=0.22 * (1 - 0.6 * fibres))
+    paint_mesh(canvas, nodes, 20.0 - 8 * fibres, min(2.2 + 3 * fibres, field), mesh, (0.4 - 0.3 * fibres, 1.3 - fibres), common)
+    length = min(4.0 + 10 * fibres, (1.2 + 0.5 * fibres) * field)
+    groups = max(1, count_curves(canvas, 0.6 + 1.6 * fibres, length, 0.3 * length) // 3)
+    start = scatter_anchors(canvas, groups, 0.3 * length)
+    heading = common + canvas.normal(groups) * (0.8 - 0.65 * fibres)
+    heading = heading + math.pi / 2 * canvas.chance(0.3 * (1 - fibres), groups)
+    strong = canvas.brightness(0.5, groups, 1) * canvas.chance(u(0.15 + 0.5 * fibres, 1.0, 1, 1), groups, 1) * u(0.3, 1.6, 1, 1)
+    across = torch.stack([heading.cos(), -heading.sin()])
+    for _ in range(3):                                                       # a group: three bundles, nearly parallel
+        beside = canvas.normal(groups) * (0.35 + 0.5 * fibres)
+        along = canvas.normal(groups) * 0.5
+        place = start + across * beside + torch.stack([heading.sin(), heading.cos()]) * along
+        bright = strong * canvas.brightness(0.4, groups, 1) * canvas.chance(0.75, groups, 1)
+        paint_bundles(canvas, place, heading + canvas.normal(groups) * 0.12, length, u(0.02, 0.11, groups, 1), bright,
+                      strands=5, bend=0.3 * (1 - 0.7 * fibres))
     if k:                                                                    # knots where the mesh converges
-        blob = 120
-        place = nodes[..., None] + canvas.normal(2, k, blob).movedim(1, 0) * u(0.04, 0.16, k, 1)
-        power = canvas.brightness(0.7, k, 1) * mesh * u(0.0, 1.2, 1, 1)
-        paint_points(canvas, place, (power * u(0, 2, k, blob) / blob).expand(-1, k, blob))
-    cell = soft_step(outline.depth, 0.3) * (0.75 + 0.25 * torch.tanh(smooth_noise(canvas, 1.5)[:, 0]))
-    canvas.multiply(cell)
+        blob, knots = 90, torch.cat([nodes, start], -1)
+        power = torch.cat([(mesh * 0.7).expand(-1, k, 1), 0.35 * strong], 1)
+        count, turn = knots.shape[-1], u(0, math.pi, knots.shape[-1], 1)
+        a, b = canvas.normal(2, count, blob).movedim(1, 0) * u(0.05, 0.16, count, 1)
+        place = knots[..., None] + torch.stack([a * turn.sin() + 0.4 * b * turn.cos(), a * turn.cos() - 0.4 * b * turn.sin()])
+        power = power * canvas.brightness(0.6, count, 1) * canvas.chance(0.6, count, 1) / blob
+        paint_points(canvas, place, power * u(0, 2, count, blob))
+    patches = torch.exp(0.35 * smooth_noise(canvas, 1.6, octaves=2)[:, 0])
+    canvas.multiply(soft_step(outline.depth, 0.3) * patches)
     paint_haze(canvas, u(0, 1.0) ** 2 * 2.5, outline.depth)
 
 # %% ../../nbs/lib/data/46_organelles.ipynb #17dbddd6
@@ -157,25 +170,26 @@ def paint_er(
     spacing, width = u(*spacing_um), half(*width_um) / 1.665
     outline = draw_outline(canvas, edge=0.3)
     extent = canvas.field_um / spacing_um[0] * 2 + 8
-    y, x = warp_lattice(canvas, spacing, bends=((2.5, 0.5), (0.8, 0.16), (0.3, 0.03)))
+    y, x = warp_lattice(canvas, spacing, bends=((2.5, 0.38), (0.8, 0.14), (0.3, 0.03)), stretch=0.22)
     tight = soft_step(smooth_noise(canvas, 2.5)[:, 0] - half(0.3, 2.0), 0.6)             # parts with smaller polygons
     total, labels = 0, None
-    for level, (scale, share) in enumerate(((1.0, 1.0), (2.1, tight))):
+    for level, (scale, share) in enumerate(((1.0, 1.0), (1.8, tight))):
         net = draw_polygons(canvas, y * scale, x * scale, jitter=0.95, extent=extent * scale)
         inside = (mean_per_cell(net, outline.depth) > 0).float()
         mine = look_up(inside, net.cell)
         here = torch.maximum(mine, look_up(inside, net.other))
         edge = hash_edges(net, canvas.generator)
         lost = half(0.05, 0.3)
-        bright = soft_step(edge - lost, 0.02) * (0.55 + 0.9 * (edge * 7.3).frac())
+        bright = soft_step(edge - lost, 0.02) * (0.65 + 0.7 * (edge * 7.3).frac())
         distance = net.border * spacing[:, None, None] / scale
         tubule = torch.exp(-(distance / (width * (0.8 + 0.5 * (edge * 13.7).frac())))**2)
         knot = 1 + 0.6 * torch.exp(-(net.third * spacing[:, None, None] / scale / 0.09)**2)
         total = total + tubule * bright * knot * here * share
         if level == 0:
             patch = mean_per_cell(net, smooth_noise(canvas, 1.5)[:, 0])
-            full = soft_step(look_up(patch, net.cell) - half(0.9, 2.5), 0.05) * mine
-            total = total + full * half(0.2, 0.7) * soft_step(distance - 0.02, 0.08)
+            full = soft_step(look_up(patch, net.cell) - half(1.1, 3.0), 0.05) * mine
+            holes = 0.7 + 0.45 * smooth_noise(canvas, 0.22)[:, 0]
+            total = total + full * half(0.3, 0.8) * holes.clamp(0, 1.5)
             labels = count_labels(net, mine > 0)
     grain = 1 + 0.25 * smooth_noise(canvas, 0.12)[:, 0] + 0.25 * smooth_noise(canvas, 1.5)[:, 0]
     canvas.add_image(total * grain.clamp_min(0.15) * 10, labels)
@@ -195,11 +209,12 @@ def paint_ccps(
     crowd = sample_at(canvas, torch.sigmoid(1.5 * smooth_noise(canvas, 1.5)[:, 0]), sites)
     keep = canvas.chance(u(0.15, 0.95, 1) * crowd * 1.6, m)
     keep[:, :2] = 1.0
-    q = m // 2                                                           # neighbours that touch
+    third = m // 3                                                       # a third has up to three neighbours that touch
+    q = 3 * third
     angle = u(0, 2 * math.pi, q)
-    beside = sites[..., :q] + torch.stack([angle.sin(), angle.cos()]) * u(0.18, 0.36, q)
+    beside = sites[..., :third].repeat(1, 1, 3) + torch.stack([angle.sin(), angle.cos()]) * u(0.18, 0.36, q)
     places = torch.cat([sites, beside], -1)
-    keep = torch.cat([keep, keep[:, :q] * canvas.chance(u(0.1, 0.6, 1), q)], -1)
+    keep = torch.cat([keep, keep[:, :third].repeat(1, 3) * canvas.chance(u(0.0, 0.6, 1), q)], -1)
     low, high = diameter_um
     middle = (low + high) / 2
     size = (middle * torch.exp(canvas.normal(m + q) * 0.2)).clamp(low, high)
