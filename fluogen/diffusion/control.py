@@ -62,7 +62,7 @@ class ConditionEncoder(nn.Module):
         self.blocks = nn.ModuleList([conv3(n, m) for a, b in pairs for n, m in ((a, a), (a, b))])
         self.last = zero_start(conv3(config.widths[-1], config.backbone.channels[0]))
 
-    def forward(self, condition, size=None):                            # size: the sample's, where scale is None
+    def forward(self, condition, size=None):                        # size: the sample's, where scale is None
         x = F.silu(self.first(self.place(condition, size)))             # (B, widths[0], h, w)
         for block in self.blocks:
             x = F.silu(block(x))                                        # (B, widths[-1], h, w)
