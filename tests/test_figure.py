@@ -1,0 +1,117 @@
+"report.figure: one scale a row, the same field under every panel, small files."
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib_scalebar.scalebar import ScaleBar
+from PIL import Image
+from scipy import ndimage
+
+from fluogen.report.figure import (LUT_POINTS, FigureError, choose_zoom, display_range, get_lut, image_grid,
+                                   picture_style, save_picture)
+
+
+def scene(seed, size=128):
+    return ndimage.gaussian_filter(np.random.default_rng(seed).random((size, size)), 1.5)
+
+
+def panels(rows=("ER", "CCPs"), columns=("widefield", "a", "truth")):
+    return {row: {column: scene(i * 7 + j) for j, column in enumerate(columns)} for i, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize(("prompt", "lut"), [
+    ("ER", "magenta"), ("ER of COS-7", "magenta"), ("Endoplasmic reticulum", "magenta"), ("ER of U2OS", "green"),
+    ("F-actin of COS-7", "red-hot"), ("F-actin of BPAE", "green"), ("microtubules", "blue-hot"), ("CCPs", "green"),
+    ("Nuclei of PC-3", "cyan"), ("Mitochondria of BPAE", "red"), ("RNA of U2OS", "yellow"), ("other", "gray"),
+    ("blue_hot", "blue-hot")])
+def test_colours_of_the_published_figures(prompt, lut):
+    assert get_lut(prompt).name == lut
+
+
+@pytest.mark.parametrize("name", LUT_POINTS)
+def test_tables_start_black_and_grow_brighter(name):
+    colours = get_lut(name)(np.arange(256))[:, :3]
+    assert colours[0].sum() == 0 and (np.diff(colours @ [0.3, 0.59, 0.11]) > -1e-9).all()
+
+
+def test_zoom_is_the_best_of_all_rectangles():
+    image = scene(3, 40)
+    x, y, width = choose_zoom(image, field_um=40.0, share=0.4)
+    edges = np.square(np.diff(image, axis=0)[:, :-1]) + np.square(np.diff(image, axis=1)[:-1])
+    sums = {(left, top): edges[top:top + 8, left:left + 16].sum() for top in range(32) for left in range(24)}
+    assert max(sums, key=sums.get) == (round(x), round(y)) and width == 16
+
+
+def test_zoom_stays_inside_for_any_shape():
+    for shape in ((3, 3), (5, 40), (40, 5), (64, 63)):
+        x, y, width = choose_zoom(np.ones(shape), field_um=shape[1])
+        assert 0 <= x <= x + width <= shape[1] and 0 <= y < shape[0]
+
+
+def test_one_range_a_row_and_one_field():
+    drawn = panels()
+    drawn["ER"]["widefield"] = drawn["ER"]["widefield"][::2, ::2] * 3
+    figure = image_grid(drawn, {"ER": 4.0, "CCPs": 8.0}, reference="truth")
+    images = [axis.images[0] for axis in figure.axes]
+    assert len(images) == 12                                     # 2 rows x 3 columns, and the strips
+    row = images[:6]
+    assert {image.get_clim() for image in row} == {display_range(drawn["ER"]["truth"])}
+    assert {tuple(image.get_extent()) for image in row} == {(0, 4.0, 4.0, 0)}
+    x, y, width = choose_zoom(drawn["ER"]["truth"], 4.0)
+    for panel, strip in zip(figure.axes[:3], figure.axes[3:6], strict=True):
+        assert strip.get_xlim() == pytest.approx((x, x + width)) and strip.get_ylim() == pytest.approx((y + width / 2, y))
+        box = panel.patches[0]
+        assert (*box.get_xy(), box.get_width(), box.get_height()) == pytest.approx((x, y, width, width / 2))
+        assert panel.get_xlim() == (0, 4.0)
+
+
+def test_scale_bar_has_its_length():
+    figure = image_grid(panels(("ER",)), 4.0, reference="truth")
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    bar, = [artist for artist in axis.artists if isinstance(artist, ScaleBar)]
+    assert bar.dx == 1 and bar.units == "um"                     # the axis itself is in micrometres
+    assert axis.get_xlim() == (0, 4.0) and axis.get_ylim() == (4.0, 0)
+
+def test_zooms_given_or_none():
+    given = image_grid(panels(("ER",)), 4.0, reference="truth", zooms={"ER": (1, 2, 0.5)})
+    assert given.axes[3].get_xlim() == (1, 1.5)
+    assert len(image_grid(panels(("ER",)), 4.0, reference="truth", zooms={}).axes) == 3
+
+
+def test_a_missing_method_says_so():
+    drawn = panels(("ER",))
+    drawn["ER"]["a"] = None
+    axis = image_grid(drawn, 4.0, reference="truth").axes[1]
+    assert not axis.images and axis.texts[0].get_text() == "not run"
+
+
+@pytest.mark.parametrize(("change", "field", "word"), [
+    ({"truth": None}, 4.0, "no reference panel"), ({"a": np.ones((8, 8, 3))}, 4.0, "no grey image"),
+    ({"a": np.ones((8, 16))}, 4.0, "same field"), ({}, 0, "no field width"), ({}, {"CCPs": 4.0}, "no field width"),
+    ({"truth": np.full((8, 8), np.nan), "a": None, "widefield": None}, 4.0, "no finite pixel")])
+def test_what_cannot_be_compared_is_refused(change, field, word):
+    with pytest.raises(FigureError, match=word) as caught:
+        image_grid({"ER": panels()["ER"] | change}, field, reference="truth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("profile", "seen"), [("paper", []), ("laptop", ["profile: laptop"]),
+                                               ("smoke", ["profile: smoke", "smoke test\nnot a result"])])
+def test_profile_in_the_corner(profile, seen):
+    figure = image_grid(panels(("ER",)), 4.0, reference="truth", profile=profile)
+    assert [text.get_text() for text in figure.texts if text.get_text() != "ER"] == seen
+
+
+def test_pictures_stay_small_and_readable(tmp_path):
+    columns = ("widefield", "RL", "CARE", "DFCAN", "RCAN", "FluoGen", "truth")
+    noisy = {row: {c: np.random.default_rng(1).random((256, 256)) for c in columns} for row in ("ER", "F-actin", "CCPs", "Microtubules")}
+    path = save_picture(image_grid(noisy, 8.0, reference="truth"), tmp_path / "figure.png")
+    assert path.stat().st_size <= 300_000 and Image.open(path).size[0] >= 400     # pure noise is the worst case
+    assert [entry.name for entry in tmp_path.iterdir()] == ["figure.png"]
+
+
+def test_style_leaves_no_trace():
+    before = dict(matplotlib.rcParams)
+    with picture_style():
+        assert matplotlib.rcParams["font.size"] == 8
+    assert dict(matplotlib.rcParams) == before
