@@ -64,8 +64,10 @@ class Canvas:
             inner.copy_(torch.maximum(inner, labels.to(torch.int32)))
 
     def multiply(self, image):
-        "Scale what has been painted so far, pixel by pixel, by a (n, H, W) picture."
+        "Scale what has been painted so far by a (n, H, W) picture; labels go where little is left."
         self._crop(self.flat).mul_(image)
+        if self.labels is not None:
+            self._crop(self.labels).mul_(image > 0.05)
 
     def pixels(self):
         "Pixel centres in um: y (1, H, 1) and x (1, 1, W)."

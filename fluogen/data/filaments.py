@@ -123,12 +123,13 @@ def paint_tubes(
     hollow,                     # (n, 1, 1) or (n, m, 1): 0 filled, 1 membrane only
     widest_um: float,           # largest radius, um: fixes how many strands are laid
     ids=None,                   # (n, m)
+    section: float = 0.5,       # 0.5: the whole membrane seen from above; 1: more of its rim, as in an optical section
 ):
     "Tubes as strands side by side, with the profile of a filled or a hollow cylinder."
-    q = max(3, math.ceil(2 * widest_um / canvas.pixel_um * 0.9))
+    q = max(3, math.ceil(2 * widest_um / canvas.pixel_um))
     across = (torch.arange(q, device=canvas.device) + 0.5) / q * 2 - 1         # (q,)
     filled = (1 - across**2).sqrt() * (4 / math.pi)
-    rim = 1 / (1 - across**2 + 0.12).sqrt()
+    rim = 1 / (1 - across**2 + 0.12)**section
     rim = rim / rim.mean()
     profile = filled + (rim - filled) * hollow[..., None]                      # (n, m or 1, 1, q)
     strands = shift_curves(points, across[:, None] * radius.unsqueeze(2))      # (2, n, m, q, s)

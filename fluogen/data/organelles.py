@@ -36,9 +36,12 @@ def paint_microtubules(
     crossing: float = 0.25,     # part of the filaments that ignore the common direction
     spread: float = 0.16,       # scatter of the others around it, radians
     length_um: float = 9.0,
+    edge: float = 0.12,         # how often the cell ends in the field
+    slender: tuple[float, float] = (1.0, 1.5),
 ):
     "Stiff filaments in families that radiate from a centre outside the field, some crossing, some paired."
     u = canvas.uniform
+    outline = draw_outline(canvas, edge=edge, slender=slender)
     length = min(length_um, 2.2 * canvas.field_um)
     margin = 0.4 * length
     m = count_curves(canvas, density, length, margin)
@@ -63,7 +66,8 @@ def paint_microtubules(
     bright = bright * soft_step((place - tip) * length, 0.15)
     step = length / (points.shape[-1] - 1)
     paint_points(canvas, points, bright * ragged(canvas, points.shape[1:], u(0.2, 0.9, 1, 1)) * step, take_ids(canvas, m))
-    paint_haze(canvas, u(0, 1.0) ** 2 * 2.5)
+    canvas.multiply(soft_step(outline.depth - 0.2, 0.8))
+    paint_haze(canvas, u(0, 1.0) ** 2 * 2.5, outline.depth)
 
 # %% ../../nbs/lib/data/46_organelles.ipynb #ecb8ca4f
 def paint_mesh(
@@ -236,7 +240,7 @@ def paint_ccps(
 def paint_mitochondria(
     canvas: Canvas,
     radius_um: tuple[float, float] = (0.10, 0.24),      # range of a tube's radius
-    density: float = 0.6,                               # um of tube per um2, at most
+    density: float = 0.8,                               # um of tube per um2, at most
 ):
     "Bent tubes of all lengths, some branching, filled or with bright rims, around the nucleus and thinner outwards."
     u = canvas.uniform
@@ -247,12 +251,12 @@ def paint_mitochondria(
     near = outline.centre[..., None] - start
     around = torch.atan2(near[0], near[1])
     heading = torch.where(u(0, 1, m) < 0.5, around + canvas.normal(m) * 0.7, heading)
-    bends = curl(canvas, m, length, u(0.4, 1.2, 1, 1), 0.5)
+    bends = curl(canvas, m, length, u(0.4, 1.8, 1, 1) * canvas.brightness(0.4, m, 1), 0.45)
     points = walk(canvas, start, heading, length, bends)
     q = m // 3                                           # branches leave from other tubes
     joint = points[..., :q, :].gather(-1, u(0.35, 0.65, q, 1).mul(points.shape[-1]).long().expand(2, -1, -1, -1))[..., 0]
     branch = walk(canvas, joint, heading[:, :q] + canvas.chance(0.5, q) * 3.1 + u(0.6, 2.2, q), length * 0.5,
-                  curl(canvas, q, length * 0.5, u(0.4, 1.2, 1, 1), 0.5), anchor=0.0)
+                  curl(canvas, q, length * 0.5, u(0.4, 1.8, 1, 1), 0.45), anchor=0.0)
     style = canvas.chance(0.4, 1) * u(0.4, 1.0, 1)                        # hollow in some images
     wide = u(*radius_um, 1)
     nucleus = soft_step(outline.radius - u(3.0, 6.0)[:, None, None], 0.5)

@@ -84,14 +84,16 @@ def paint_sheet(
     dice = lambda: draw_per_cell(net, canvas.generator)                               # noqa: E731
     gap = smooth_noise(canvas, 90.0)[:, 0]
     gap = mean_per_cell(net, gap - gap[:, middle:middle + 1, middle:middle + 1])      # the middle is never a gap
-    here = soft_step(half(0.3, 2.0) - look_up(gap, net.cell), 0.02)
+    full = half(0.3, 2.0)
+    here, across_gap = ((look_up(gap, which) < full).float() for which in (net.cell, net.other))
     bright = torch.exp((dice() - 0.5) * 1.6) * here
     turn, long = dice() * math.pi, 1 + 0.5 * dice()
     along = (net.dy * turn.sin() + net.dx * turn.cos()) / long
     across = (net.dx * turn.sin() - net.dy * turn.cos()) * long
     near = (along**2 + across**2).sqrt() / (0.2 + 0.08 * dice())                      # 1 at the nuclear envelope
     nucleus = soft_step((1 - near) * 5.0, 2.0)
-    body = 0.35 + 0.65 * soft_step(net.border * spacing[:, None, None] - half(0.3, 1.5), 4.0)
+    floor = 0.4 * across_gap                                                          # cells thin out towards a gap
+    body = floor + (1 - floor) * soft_step(net.border * spacing[:, None, None] - half(0.3, 1.5), 4.0)
     texture = 1 + 0.22 * smooth_noise(canvas, 3.0, octaves=2)[:, 0]
     if stain == "er":
         side = (dice() * 2 * math.pi)
@@ -101,7 +103,7 @@ def paint_sheet(
     else:
         spot = torch.exp(-((along - (dice() - 0.5) * 0.16)**2 + (across - (dice() - 0.5) * 0.16)**2) / 0.06**2)
         other = torch.exp(-((along - (dice() - 0.5) * 0.2)**2 + (across - (dice() - 0.5) * 0.2)**2) / 0.045**2)
-        level = 0.15 + 0.75 * torch.exp(-(near / 2.0)**2) - 0.3 * nucleus + nucleus * (1.3 * spot + 0.9 * other)
+        level = 0.1 + 0.9 * torch.exp(-(near / 1.9)**2) - 0.35 * nucleus + nucleus * (0.9 * spot + 0.6 * other)
     image = bright * body * level.clamp_min(0) * texture.clamp_min(0.2)
     canvas.add_image(image + half(0.0, 0.06), count_labels(net, here > 0.5))
 
@@ -146,11 +148,16 @@ def paint_cocci(
 ):
     "Spheres with a stained membrane, in groups; a part of them divides: a septum, then two flattened halves."
     u = canvas.uniform
-    sites, one = pull_inside(canvas, lattice_sites(canvas, 2.0 * radius_um[1], jitter=0.35, margin_um=2 * radius_um[1]))
-    m = sites.shape[-1]
-    group = smooth_noise(canvas, 2.2)[:, 0]
-    here = (sample_at(canvas, group, sites) > u(0.0, 1.3, 1)).float() * canvas.chance(0.85, m)
-    here.scatter_(1, one, 1.0)
+    sites = lattice_sites(canvas, 2.0 * radius_um[1], jitter=0.3, margin_um=2 * radius_um[1])
+    turn, shear = u(0, math.pi, 1), u(-0.4, 0.4, 1)
+    y, x = sites - canvas.field_um / 2
+    y, x = y * (1 - shear * 0.3), x + shear * y                                       # groups are not on a grid
+    sites, one = pull_inside(canvas, torch.stack([y * turn.cos() - x * turn.sin(), y * turn.sin() + x * turn.cos()]))
+    group = sample_at(canvas, smooth_noise(canvas, 2.2)[:, 0], sites.clamp(0, canvas.field_um)).scatter(1, one, 9.0)
+    m = math.ceil(0.4 * sites.shape[-1])
+    group, best = group.topk(m, dim=1)                                                # the rest is never drawn
+    sites = sites.gather(2, best.expand(2, -1, -1))
+    here = ((group > u(-0.4, 1.2, 1)) & (canvas.chance(0.85, m) > 0) | (group > 8)).float()
     size = (u(*radius_um, m))[..., None, None]
     stage = u(0, 1, m)                                  # of the cell cycle: septum from 0.55 on
     turn = u(0, 2 * math.pi, m)[..., None, None]
@@ -193,10 +200,14 @@ def paint_rods(
     turn = u(0, math.pi, 1)
     sites = torch.stack([turn.sin() * far + turn.cos() * off, turn.cos() * far - turn.sin() * off])
     sites, one = pull_inside(canvas, sites + canvas.field_um / 2)
-    lean = turn + canvas.normal(m) * order
     group = sample_at(canvas, smooth_noise(canvas, 4.0)[:, 0], sites)
-    here = ((group > u(-0.5, 1.2, 1)).float() * canvas.chance(u(0.5, 1.0, 1), m)).scatter_(1, one, 1.0)[..., None]
-    points = walk(canvas, sites, lean, high, curl(canvas, m, high, 0.06, 1.5), step_px=1.2)
+    group = group - 9.0 * ((sites - canvas.field_um / 2).abs().amax(0) > canvas.field_um / 2 + 0.4 * high)
+    m = math.ceil(0.5 * m)
+    group, best = group.scatter(1, one, 9.0).topk(m, dim=1)                           # the rest is never drawn
+    sites = sites.gather(2, best.expand(2, -1, -1))
+    lean = turn + canvas.normal(m) * order
+    here = ((group > u(-1.0, 1.0, 1)) & (canvas.chance(u(0.5, 1.0, 1), m) > 0) | (group > 8)).float()[..., None]
+    points = walk(canvas, sites, lean, high, curl(canvas, m, high, 0.06, 1.5), step_px=0.9)
     s = points.shape[-1]
     place = torch.linspace(-high / 2, high / 2, s, device=canvas.device)
     half = u(low / 2, high / 2, m, 1)
@@ -207,5 +218,5 @@ def paint_rods(
     bright = canvas.brightness(0.3, m, 1) * here
     style = canvas.chance(0.6, 1, 1) * u(0.6, 1.0, 1, 1)
     blobs = 1 + (1 - style) * 0.5 * torch.cos(place / half * math.pi * 2 + math.pi)   # two nucleoids
-    paint_tubes(canvas, points, radius, bright * blobs, style, radius_um[1] * 1.15, take_ids(canvas, m))
+    paint_tubes(canvas, points, radius, bright * blobs, style, radius_um[1] * 1.15, take_ids(canvas, m), 1.2)
     canvas.add_image((u(0, 1)**2 * 0.06)[:, None, None].expand(-1, canvas.size_px, canvas.size_px))
