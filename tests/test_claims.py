@@ -1,0 +1,93 @@
+"report.claims: a verdict follows from numbers, and a value that is not there never holds."
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluogen.report.claims import ClaimCard, ClaimError, judge, pending, read_claims, round_number, write_claims
+
+number = st.floats(-1e6, 1e6).map(round_number)
+
+
+@given(number, number)
+def test_thresholds_are_the_definition(value, bound):
+    assert judge("a", "c", "s", value, at_least=bound).holds == (value >= bound)
+    assert judge("a", "c", "s", value, at_most=bound).holds == (value <= bound)
+
+
+@given(number, st.floats(0, 100), st.floats(0, 100), number)
+def test_intervals_must_lie_on_one_side(value, below, above, bound):
+    low, high = round_number(value - below), round_number(value + above)
+    assert judge("a", "c", "s", value, ci95=(low, high), interval_above=bound).holds == (low > bound)
+    assert judge("a", "c", "s", value, ci95=(low, high), interval_below=bound).holds == (high < bound)
+
+
+def test_all_conditions_count():
+    given = dict(ci95=(-0.1, 1.5), at_least=0.5, interval_above=0)
+    assert judge("a", "c", "s", 0.7, **given).holds is False
+    assert judge("a", "c", "s", 0.7, **given | {"ci95": (0.1, 1.5)}).holds is True
+    assert judge("a", "c", "s", 3.0, at_least=2.5, at_most=5).holds and not judge("a", "c", "s", 6.0, at_least=2.5, at_most=5).holds
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, np.float32("nan")])
+def test_no_number_is_never_true(value):
+    claim = judge("a", "c", "s", value, at_least=-1e9, why="not here")
+    assert claim.holds is None and claim.measured is None and claim.ci95 is None
+    with pytest.raises(ClaimError, match="reason"):
+        judge("a", "c", "s", value, at_least=-1e9)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(measured=1.0), dict(measured=1.0, interval_above=0), dict(measured=1.0, ci95=(2, 1), at_least=0),
+    dict(measured=1.0, ci95=(1.1, 2), at_least=0), dict(measured=1.0, ci95=(math.nan, 2), at_least=0)])
+def test_what_cannot_be_judged_is_refused(wrong):
+    with pytest.raises(ClaimError) as caught:
+        judge("a", "c", "s", **wrong)
+    assert "\n" not in str(caught.value) and "claim a" in str(caught.value)
+
+
+def test_written_exactly_as_the_design_says(tmp_path):
+    path = tmp_path / "deep" / "claims.json"
+    claims = [judge("a", "A > B", "paper", np.float32(1.23456), ci95=np.array([1, 2]), at_least=1, unit="dB"),
+              judge("b", "C", "issue", None, at_most=1, why="no GPU")]
+    write_claims(path, claims)
+    rows = json.loads(path.read_text())
+    assert rows[0] == {"id": "a", "claim": "A > B", "source": "paper", "expected": "≥ 1 dB", "measured": 1.235,
+                       "ci95": [1.0, 2.0], "holds": True, "why": ""}
+    assert rows[1]["holds"] is None and rows[1]["measured"] is None and rows[1]["ci95"] is None
+    assert read_claims(path) == claims
+
+
+def test_a_refused_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "claims.json"
+    one = judge("a", "c", "s", 1.0, at_least=0)
+    write_claims(path, [one])
+    with pytest.raises(ClaimError, match="one id"):
+        write_claims(path, [one, one])
+    assert read_claims(path) == [one] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_foreign_files_are_one_line(tmp_path):
+    for text in ("", "[1]", "{}", '[{"id": 1}]'):
+        (tmp_path / "x.json").write_text(text)
+        if text != "{}":
+            with pytest.raises(ClaimError):
+                read_claims(tmp_path / "x.json")
+    with pytest.raises(ClaimError):
+        read_claims(tmp_path / "absent.json")
+
+
+def test_card_names_the_verdict_in_words_and_escapes():
+    card = ClaimCard([judge("a", "<b>x</b>", "s", 1.0, at_least=2), judge("b", "y", "s", 3.0, at_least=2)])
+    page = card._repr_html_()
+    assert "does not hold" in page and "holds" in page and "<b>x</b>" not in page and "&lt;b&gt;" in page
+    assert page.count("<tr>") == 3 and len(repr(card).splitlines()) == 3
+
+
+def test_promise_and_verdict_share_their_words():
+    promise = dict(id="a", claim="c", source="s", at_least=0.7, interval_above=0, unit="dB")
+    before, after = pending(promise).claims[0], judge(**promise, measured=1.0, ci95=(0.8, 1.2))
+    assert before.expected == after.expected == "≥ 0.7 dB, interval above 0 dB" and before.holds is None
