@@ -117,7 +117,7 @@ def build(config: dict, where) -> nn.Module:
         widths = config.get("conditioning_embedding_out_channels", [16, 32, 96, 256])
         try:
             return ControlBranch(ControlConfig(shape, channels, widths, scale=None))
-        except FluogenError as error:
+        except (FluogenError, TypeError) as error:
             raise OriginalError(f"cannot be built: {error}", where=where) from error
 
 # %% ../../nbs/lib/diffusion/85_original.ipynb #4f2ae27a
