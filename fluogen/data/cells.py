@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Outline', 'draw_outline', 'soft_step', 'lattice_sites', 'pull_inside', 'sample_at', 'Polygons', 'look_up',
-           'draw_polygons', 'hash_edges', 'draw_per_cell', 'mean_per_cell', 'count_labels', 'warp_lattice']
+           'draw_polygons', 'hash_edges', 'draw_per_cell', 'mean_per_cell', 'count_labels', 'warp_lattice',
+           'paint_haze']
 
 # %% ../../nbs/lib/data/44_cells.ipynb #9f598ad5
 import math
@@ -225,3 +226,15 @@ def warp_lattice(
     shift = canvas.uniform(0, 30, 2)[..., None, None]
     q = squeeze[:, None, None]
     return (c * y + s * x) * q + shift[:, 0], (c * x - s * y) / q + shift[:, 1]
+
+# %% ../../nbs/lib/data/44_cells.ipynb #6480dda0
+def paint_haze(
+    canvas: Canvas,
+    level,              # (n,) density of the brightest haze, per um2
+    depth=None,         # (n, H, W) outline depth; haze stays inside the cell
+):
+    "Dye out of focus or dissolved: smooth, inside the cell, without any structure worth restoring."
+    cloud = torch.sigmoid(smooth_noise(canvas, 2.5, octaves=2)[:, 0] * 1.2 - 0.5)
+    if depth is not None:
+        cloud = cloud * soft_step(depth, 1.0)
+    canvas.add_image(cloud * level[:, None, None])

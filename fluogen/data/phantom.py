@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import FluogenError
-from . import organelles, tissues
+from . import cytoskeleton, organelles, tissues
 from .canvas import Canvas
 
 # %% ../../nbs/lib/data/40_phantom.ipynb #eef0156d
@@ -39,11 +39,11 @@ class StructureSpec:
 
 STRUCTURES: dict[str, StructureSpec] = {spec.name: spec for spec in (
     StructureSpec("microtubules", ("Microtubules of COS-7", "Microtubules of HeLa"), 0.0313,
-                  "stiff filaments in crossing families", organelles.paint_microtubules,
+                  "stiff filaments in crossing families", cytoskeleton.paint_microtubules,
                   {"Microtubules of HeLa": dict(density=9.0, crossing=0.1, spread=0.12, edge=0.35, slender=(1.5, 3.0))},
                   {"Microtubules of HeLa": 0.0626}),
     StructureSpec("factin", ("F-actin of COS-7", "F-actin of BPAE"), 0.0313,
-                  "fine mesh, knots and thick bundles; BPAE: parallel stress fibres", organelles.paint_factin,
+                  "fine mesh, knots and thick bundles; BPAE: parallel stress fibres", cytoskeleton.paint_factin,
                   {"F-actin of BPAE": dict(fibres=1.0)}, {"F-actin of BPAE": 0.0626}),
     StructureSpec("er", ("ER of COS-7",), 0.0313,
                   "tubules around polygons, sheets", organelles.paint_er),
