@@ -25,8 +25,8 @@ from .optimise import TrainConfig, TrainingError, learning_rate, place, set_trai
 from .session import Training, TrainResult, lock_folder, restore, write_checkpoint
 
 # %% ../../nbs/lib/diffusion/70_train.ipynb #90d616e7
-def take_step(t: Training, hurry: bool = False) -> tuple[float, float, bool]:
-    "One step's gradients, and the update if they are finite: (loss, gradient norm, hurry of any process)."
+def take_step(t: Training, wants_stop=lambda: False) -> tuple[float, float, bool]:
+    "One step's gradients, and the update if they are finite: (loss, norm, does any process want to stop)."
     config, accelerator, step = t.config, t.accelerator, t.progress.step
     for group in t.optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
@@ -41,15 +41,15 @@ def take_step(t: Training, hurry: bool = False) -> tuple[float, float, bool]:
             accelerator.backward(part)
         loss += part.detach().float() / config.accumulate
     norm = accelerator.clip_grad_norm_(list(t.trained.values()), config.clip or math.inf)
-    numbers = torch.stack([loss, norm.float(), torch.full_like(loss, float(hurry))])
-    loss, norm, hurry = accelerator.reduce(numbers, "mean").tolist()
+    numbers = torch.stack([loss, norm.float(), torch.full_like(loss, float(wants_stop()))])
+    loss, norm, stop = accelerator.reduce(numbers, "mean").tolist()
     if math.isfinite(loss) and math.isfinite(norm):
         t.optimizer.step()
         t.ema.update(t.state, step)
     elif accelerator.scaler is not None:
         accelerator.scaler.update()             # fp16 overflows by design: it lowers its own scale
     t.optimizer.zero_grad()
-    return loss, norm, hurry > 0
+    return loss, norm, stop > 0
 
 # %% ../../nbs/lib/diffusion/70_train.ipynb #58cfafaa
 def find_bad_batch(t: Training, steps: range) -> str:
@@ -180,7 +180,7 @@ def loop(t: Training, caught: list, deadline: float) -> str:
             show_progress(t, began, deadline, last=True)
             return "steps" if done else "interrupted" if caught else "minutes" if hurry else "patience"
         clock = time.perf_counter()
-        loss, norm, hurry = take_step(t, bool(caught) or time.monotonic() >= deadline)
+        loss, norm, hurry = take_step(t, lambda: bool(caught) or time.monotonic() >= deadline)
         count_step(t, loss, norm, time.perf_counter() - clock)
         waited = time.monotonic() - t.last_save >= 60 * config.checkpoint_minutes
         if waited or (config.checkpoint_every and p.step % config.checkpoint_every == 0):

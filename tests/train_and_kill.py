@@ -1,0 +1,88 @@
+"""Train, be killed with -9 at random moments, go on: run by test_train.py in a process of its own.
+
+It imports once and forks a child for every life, so that twenty kills cost seconds, not minutes."""
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fluogen.core import make_generator
+from fluogen.diffusion.checkpoint import hash_tensors, load_checkpoint, load_tensors
+from fluogen.diffusion.session import make_accelerator
+from fluogen.diffusion.train import TrainConfig, train
+
+CONFIG = TrainConfig(steps=24, lr=1e-2, warmup=5, ema_decay=0.9, accumulate=2, checkpoint_every=2, validate_every=4,
+                     log_every=5, device="cpu")
+
+
+def make_net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.GroupNorm(4, 16), torch.nn.SiLU(),
+                               torch.nn.Dropout(0.1), torch.nn.Conv2d(16, 1, 3, padding=1), torch.nn.BatchNorm2d(1))
+
+
+def batches(index):
+    return {"x": torch.rand(4, 1, 12, 12, generator=make_generator(0, "batch", index))}
+
+
+def loss_fn(net, batch, generator):
+    noise = torch.randn(batch["x"].shape, generator=generator, device=generator.device)
+    return (net(batch["x"] + noise) - batch["x"]).square().mean()
+
+
+def validate(net, step):
+    x = batches(10 ** 6)["x"]
+    return (net(x) - x).square().mean().item()
+
+
+def live(folder, seconds=None):
+    "One life of the training in a forked child; killed after so many seconds. True when it ended by itself."
+    child = os.fork()
+    if child == 0:
+        try:
+            train(make_net(), loss_fn, batches, CONFIG, folder, validate=validate, progress=False)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, "the training itself failed"
+    return not os.WIFSIGNALED(status)
+
+
+def fingerprint(folder):
+    "Everything that must be equal to the bit, without the clocks."
+    tensors, facts = load_checkpoint(folder)
+    best, notes = load_tensors(Path(folder) / "best.safetensors")
+    p = facts["progress"]
+    curves = [[{k: v for k, v in point.items() if k != "seconds"} for point in p[key]]
+              for key in ("curve", "validations")]
+    return [hash_tensors(tensors), hash_tensors(best), notes, p["step"], p["best_step"], p["window"], curves]
+
+
+def main(home, trials, kills_each):
+    make_accelerator(CONFIG)                                    # its imports, before the first fork
+    began = time.monotonic()
+    live(f"{home}/whole")
+    length, expected = time.monotonic() - began, fingerprint(f"{home}/whole")
+    equal = kills = 0
+    left = set()
+    for trial in range(trials):
+        rng, folder = random.Random(trial), f"{home}/{trial}"
+        for _ in range(kills_each):
+            kills += not live(folder, rng.uniform(0, 0.7 * length))
+        live(folder)
+        equal += fingerprint(folder) == expected
+        left |= {p.name for p in Path(folder).iterdir()}
+    print(json.dumps({"equal": equal, "kills": kills, "left": sorted(left)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
