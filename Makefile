@@ -58,7 +58,7 @@ figures-check: $(STAMP)
 	@mkdir -p runs/check
 	@set -e; for nb in $(FIGURES); do echo "== $$nb, profile $(PROFILE)"; \
 	  FLUOGEN_FIGURES="$(CURDIR)/runs/check" $(PAPER) $$nb runs/check/$$(basename $$nb) -p profile $(PROFILE) </dev/null; done
-	@$(PY) -m fluogen.report.compare figures runs/check --profile $(PROFILE)
+	@$(PY) -c 'import sys; from fluogen.report.compare import main; sys.exit(main())' figures runs/check --profile $(PROFILE)
 
 test: $(STAMP)
 	@$(PY) -m pytest --durations=10 </dev/null
@@ -71,7 +71,7 @@ battery: $(STAMP)
 weights: $(STAMP)
 	@echo 'The shipped weights lie in fluogen/weights/, each with its card (data, seed, minutes, hardware, scores).'
 	@echo 'The recipes that made them, with their run times:'
-	@$(PY) -m fluogen.cli train --list
+	@.venv/bin/fluogen train --list
 	@echo 'Make one again: .venv/bin/fluogen train RECIPE --minutes 20 (a GPU), or without --minutes for the CPU recipe.'
 
 docs: $(STAMP)

@@ -326,7 +326,7 @@ def test_readme_commands_exist():
     assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.M)) <= targets
     notebooks = set(re.findall(r"papermill (\S+)", text))
     assert notebooks and [path for path in notebooks if path.endswith(".ipynb") and not (ROOT / path).exists()] == []
-    said = run("-m", "fluogen.cli", "--help").stdout
+    said = run("-c", "from fluogen.cli import main; main(['--help'])").stdout
     commands = set(re.findall(r"(?:^|`|bin/)fluogen (\w+)", text, re.M))
     assert commands and [command for command in commands if not re.search(rf"\b{command}\b", said)] == []
 

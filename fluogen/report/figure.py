@@ -183,8 +183,7 @@ def image_grid(
     shape = np.shape(next(iter(panels.values()))[reference])
     heights = [panel_inch * shape[0] / shape[1]] + [panel_inch / 2] * strips
     left, top, bottom = 0.32, 0.22, 0.2                                             # inches around the panels
-    size = (left + len(columns) * (panel_inch + 0.05) + 0.05,
-            top + bottom + len(panels) * (sum(heights) + 0.09))
+    size = (left + len(columns) * (panel_inch + 0.05) + 0.05, 0.42 + len(panels) * (sum(heights) + 0.09))
     with picture_style():
         figure = plt.figure(figsize=size)
         grid = figure.add_gridspec(len(heights) * len(panels), len(columns),
