@@ -90,7 +90,7 @@ def paint_ccps(
 def paint_mitochondria(
     canvas: Canvas,
     radius_um: tuple[float, float] = (0.10, 0.24),      # range of a tube's radius
-    density: float = 0.8,                               # um of tube per um2, at most
+    density: float = 0.95,                              # um of tube per um2, at most
 ):
     "Bent tubes of all lengths, some branching, filled or with bright rims, around the nucleus."
     u = canvas.uniform
@@ -109,7 +109,7 @@ def paint_mitochondria(
     aside = heading[:, :q] + canvas.chance(0.5, q) * math.pi + u(0.6, 2.2, q)
     twigs = walk(canvas, joint, aside, length / 2, curl(canvas, q, length / 2, bend[:, :q], 0.45), anchor=0.0)
     free = (outline.depth > 0.3) & (outline.radius > u(3.0, 6.0)[:, None, None])
-    here = sample_at(canvas, free.float(), start) * canvas.chance(u(0.35, 1.0, 1), m)
+    here = sample_at(canvas, free.float(), start) * canvas.chance(u(0.45, 1.0, 1), m)
     here = here.scatter(1, one, 1.0)
     cut = u(0.0, 0.44, m, 1)
     cut = torch.maximum(cut, canvas.chance(0.3, m, 1) * 0.46) * length               # short, round ones

@@ -109,9 +109,11 @@ def render(
     pixel_um = spec.pixel_of(prompt) if pixel_um is None else float(pixel_um)
     if generator is None:
         raise StructureError("no generator", where="generator", hint="Pass fluogen.core.make_generator(seed).")
-    for name, value, good in (("n", n, n >= 1), ("size_px", size_px, size_px >= 8), ("pixel_um", pixel_um, pixel_um > 0)):
-        if not good:
-            raise StructureError("too small", where=name, found=value)
+    for name, value, least in (("n", n, 1), ("size_px", size_px, 8)):
+        if not isinstance(value, int) or value < least:
+            raise StructureError("not a sensible count", where=name, found=repr(value), expected=f"an integer >= {least}")
+    if not 1e-4 < pixel_um < 100:
+        raise StructureError("not a sensible pixel", where="pixel_um", found=pixel_um, expected="micrometres")
     chunk = max(1, 2**(17 if generator.device.type == "cpu" else 24) // size_px**2)     # fits the cache
     densities, labels = [], []
     for start in range(0, n, chunk):
