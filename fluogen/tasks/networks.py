@@ -153,7 +153,7 @@ class RCAN(nn.Module):
     """Residual channel attention network, on the camera's grid until the pixel shuffle.
 
     Source: Zhang et al. 2018, 10.1007/978-3-030-01234-2_18. Differs: 5 groups of 3 blocks of 32 channels, not
-    10 of 20 of 64 (the default of Chen et al. 2021 for microscopy, 10.1038/s41592-021-01155-x); no colour means."""
+    10 of 20 of 64 (as Chen et al. 2021 for microscopy, 10.1038/s41592-021-01155-x); no colour means."""
     def __init__(self,
         in_channels: int = 1,   # 1 widefield or 9 raw frames
         scale: int = 2,         # enlargement
