@@ -112,15 +112,17 @@ def check_folders(
     words = {parts: split_words(" ".join(parts)) for parts, _, _ in pairs}
     said = {prompts: split_words(" ".join(prompts)) for _, prompts, _ in pairs}
     telling = _some_of(words.values()) & _some_of(said.values())
+    kept = {word for parts, prompts, _ in pairs for word in words[parts] & said[prompts]}
+    missed = telling - kept                         # no folder of that name says its own word
     findings = []
     for (parts, prompts, stated), members in pairs.items():
         if stated is not None:
             fits = stated.casefold() in (prompt.casefold() for prompt in prompts)
             against = None if fits else f'belongs to "{stated}"'
         else:
-            unsaid, elsewhere = (words[parts] - said[prompts]) & telling, (said[prompts] - words[parts]) & telling
+            unsaid, elsewhere = (words[parts] - said[prompts]) & telling, (said[prompts] - words[parts]) & missed
             against = (f"says {_list(unsaid)}, as other prompts do" if unsaid else
-                       f"does not say {_list(elsewhere)}, as other folders do" if elsewhere else None)
+                       f"does not say {_list(elsewhere)}, which is missed elsewhere" if elsewhere else None)
         if against:
             what = f'folder {parts[-1] or "."} {against}; its prompt is "{prompts[0]}"'
             findings.append(Finding("folder-prompt", members[0].where, what, len(members)))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fluogen
 from ..core import FluogenError, find_root
-from .download import cache_folder, download_dataset
+from .download import OfflineError, cache_folder, download_dataset
 from .keymap import KeyMap
 from .manifest import Record, read_manifest
 
@@ -162,13 +162,16 @@ def find_dataset(
         if (place / "manifest.jsonl").is_file():
             return Dataset(entry.name if entry else text, place / "manifest.jsonl", entry)
     if entry and entry.download and download:
-        place = download_dataset(entry.download, data_folders()[-1] / entry.name)
+        try:
+            place = download_dataset(entry.download, data_folders()[-1] / entry.name)
+        except OfflineError as error:
+            raise _missing(text, entry, [], registry, f"{error.what}, {error.where}: {error.found}") from None
         if (place / "manifest.jsonl").is_file():
             return Dataset(entry.name, place / "manifest.jsonl", entry)
     raise _missing(text, entry, [place for place in places if place.is_dir()], registry)
 
 
-def _missing(name: str, entry: Entry | None, folders: list[Path], registry) -> MissingDataError:
+def _missing(name: str, entry: Entry | None, folders: list[Path], registry, why=None) -> MissingDataError:
     "The one line for a data set that was not found."
     known = list_datasets(registry)
     if entry is None:
@@ -178,7 +181,7 @@ def _missing(name: str, entry: Entry | None, folders: list[Path], registry) -> M
     if folders:
         return MissingDataError("its folder has no manifest", where=name, found=folders[0],
                                 hint=f'Scan it: fluogen.data.scan.build_manifest("{folders[0]}", "{entry.name}").')
-    return MissingDataError("not on this machine", where=name,
+    return MissingDataError("not on this machine", where=name, found=why,
                             hint=f"{entry.obtain} Then lay it out as $FLUOGEN_DATA/{entry.name}/manifest.jsonl.")
 
 
