@@ -35,7 +35,7 @@ def _check_unused(file: CheckedFile, tiff: Tiff, found: list[Series]) -> None:
     "Refuse a file in which a page's worth of bytes is referred to by nothing."
     smallest = min(int(p.counts.sum()) for p in tiff.pages)
     stacked = smallest * (len(found[0].pages) - 1) if len(found[0].pages) > len(tiff.pages) == 1 else 0
-    unused, gaps = tiff.unused - stacked, 64 + 16 * len(tiff.pages)         # writers align pages to 16 bytes
+    unused, gaps = tiff.unused - stacked, 256 + 32 * len(tiff.pages)        # writers align what they write
     if unused >= max(smallest, gaps):
         raise file.error("the TIFF holds more than its pages refer to: planes lost, or in a vendor's format",
                          f"{unused} unused bytes", f"less than a page of {smallest}",
@@ -92,15 +92,17 @@ def make_ome_xml(array: np.ndarray, axes: str, pixel_um: dict, note: str, channe
     order = "XY" + lead[::-1] + "".join(a for a in "ZCT" if a not in lead)
     names = list(map(str, channels or [])) if len(channels or []) == sizes["C"] else [None] * sizes["C"]
     size = " ".join(f'Size{a}="{n * (samples if a == "C" else 1)}"' for a, n in sizes.items())
-    um = "".join(f' PhysicalSize{a}="{um!r}" PhysicalSize{a}Unit="µm"' for a, um in pixel_um.items() if a in "XYZ")
+    um = {a: pixel_um[a] for a in "XYZ" if a in pixel_um}
+    um = "".join(f' PhysicalSize{a}="{size!r}" PhysicalSize{a}Unit="µm"' for a, size in um.items())
     names = [f" Name={quoteattr(name)}" if name else "" for name in names]
     channel = "".join(f'<Channel ID="Channel:0:{i}" SamplesPerPixel="{samples}"{name}/>'
                       for i, name in enumerate(names))
     return ('<?xml version="1.0" encoding="UTF-8"?><OME Creator="fluogen" '
             'xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels '
             f'ID="Pixels:0" DimensionOrder="{order}" Type="{_OME_NAMES[array.dtype.name]}" {size}{um}>'
-            f'{channel}<TiffData/></Pixels></Image><StructuredAnnotations><CommentAnnotation ID="Annotation:0" '
-            f'Namespace="fluogen"><Value>{escape(note)}</Value></CommentAnnotation></StructuredAnnotations></OME>')
+            f'{channel}<TiffData/></Pixels></Image><StructuredAnnotations>'
+            f'<CommentAnnotation ID="Annotation:0" Namespace="fluogen"><Value>{escape(note)}</Value>'
+            '</CommentAnnotation></StructuredAnnotations></OME>')
 
 # %% ../../nbs/lib/data/08_tiff.ipynb #3423e9a0
 def _tiff_dialect(array: np.ndarray, axes: str, ome: bool, big: bool) -> str:
@@ -133,7 +135,8 @@ def write_tiff(
     import tifffile
     big = array.nbytes > 2**32 - 2**25 if bigtiff is None else bigtiff
     dialect = _tiff_dialect(array, axes, path.name.lower().endswith((".ome.tif", ".ome.tiff")), big)
-    more = dict(photometric="rgb" if "S" in axes else "minisblack", compression=compression, software="fluogen")
+    colour = "rgb" if "S" in axes else "minisblack"
+    more = dict(photometric=colour, compression=compression, software="fluogen")
     scale = {"X", "Y"} <= set(pixel_um)
     if dialect == "ome":
         xml = make_ome_xml(array, axes, pixel_um, note, channels)
