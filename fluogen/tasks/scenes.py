@@ -8,7 +8,7 @@ __all__ = ['SR_STRUCTURES', 'PAPER_PROMPTS', 'Rounds', 'draw_rows', 'turn']
 # %% ../../nbs/lib/tasks/25_scenes.ipynb #dc9bf0b8
 import torch
 
-from ..core import derive_seed, make_rng
+from ..core import derive_seed
 from ..data.phantom import STRUCTURES
 
 # %% ../../nbs/lib/tasks/25_scenes.ipynb #d97226a7
