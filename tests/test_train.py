@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluogen.core import make_generator
-from fluogen.diffusion.checkpoint import CheckpointError, hash_tensors, list_checkpoints, load_checkpoint, load_tensors
+from fluogen.diffusion.checkpoint import (CheckpointError, hash_tensors, list_checkpoints, load_checkpoint,
+                                          load_tensors)
 from fluogen.diffusion.optimise import TrainConfig, TrainingError
 from fluogen.diffusion.session import load_weights
 from fluogen.diffusion.train import train
@@ -55,6 +55,20 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path, whole):
     assert end.stopped == "steps" and fingerprint(tmp_path) == fingerprint(whole.folder)
 
 
+def test_every_batch_has_draws_of_its_own_and_the_seed_decides_them(tmp_path):
+    def draw(seed, name):
+        drawn = []
+
+        def loss(net, batch, generator):
+            drawn.append((torch.rand(1, generator=generator).item(), torch.rand(1).item()))
+            return loss_fn(net, batch, generator)
+        train(make_net(), loss, batches, replace(CONFIG, steps=3, seed=seed), tmp_path / name, validate=validate, **QUIET)
+        return drawn
+    one, again, other = draw(0, "one"), draw(0, "again"), draw(1, "other")
+    assert len(one) == 6 and len({x for pair in one for x in pair}) == 12
+    assert one == again and not set(one) & set(other)
+
+
 def test_an_error_in_the_middle_costs_only_the_steps_since_the_checkpoint(tmp_path, whole):
     with pytest.raises(Stop):
         train(make_net(), loss_fn, batches, CONFIG, tmp_path, validate=stop_at(12), **QUIET)
@@ -67,7 +81,8 @@ def test_the_callers_random_state_and_flags_are_untouched(tmp_path):
     net, before = make_net(), torch.get_rng_state()
     net[0].requires_grad_(False)
     train(net, loss_fn, batches, replace(CONFIG, steps=2), tmp_path, validate=validate, trainable=["4"], **QUIET)
-    assert torch.equal(torch.get_rng_state(), before) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert torch.equal(torch.get_rng_state(), before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [p.requires_grad for p in net.parameters()] == [False, False] + [True] * 6 and not net.training
 
 
