@@ -69,10 +69,15 @@ battery: $(STAMP)
 	@echo 'The batteries passed with their full counts.'
 
 weights: $(STAMP)
-	@echo 'The shipped weights lie in fluogen/weights/, each with its card (data, seed, minutes, hardware, scores).'
-	@echo 'The recipes that made them, with their run times:'
-	@.venv/bin/fluogen train --list
-	@echo 'Make one again: .venv/bin/fluogen train RECIPE --minutes 20 (a GPU), or without --minutes for the CPU recipe.'
+	@echo 'The shipped weights lie in fluogen/weights/, each with its card (recipe, data, seed, minutes, hardware, scores):'
+	@.venv/bin/fluogen weights
+	@echo
+	@echo 'How each was made, in this order; every command goes on where it stopped (checkpoints in runs/):'
+	@echo '  .venv/bin/fluogen train nano             the backbone, all structures and prompts'
+	@echo '  .venv/bin/fluogen train nano-sr-direct   super-resolution in one pass'
+	@echo '  .venv/bin/fluogen train nano-sr          super-resolution by the control branch: samples'
+	@echo '  .venv/bin/fluogen train bench30          all that figure 4 compares'
+	@echo 'Without --minutes the recipe for two CPU cores; on a GPU the same command with --minutes 20.'
 
 docs: $(STAMP)
 	@$(PY) .ci/docs.py site

@@ -28,6 +28,7 @@ def run(cwd, *command, **env):
 def test_it_holds_every_module_and_all_weights(site):
     held = {path.relative_to(site).as_posix() for path in (site / "fluogen").rglob("*")}
     wanted = {path.relative_to(ROOT).as_posix() for path in [*modules(), *under("fluogen/weights")]}
+    wanted |= {"fluogen/" + path.relative_to(ROOT).as_posix() for path in under("data_manifests", ".toml")}
     assert wanted - held == set()
 
 
@@ -35,6 +36,26 @@ def test_it_imports_from_an_empty_folder(site, tmp_path):
     code = "import fluogen, fluogen.core as core; print(fluogen.__file__, core.find_root())"
     where, root = run(tmp_path, "-c", code, PYTHONPATH=str(site)).split()
     assert where.startswith(str(site)) and root == "None"
+
+
+def test_weights_load_by_name(site, tmp_path):
+    names = sorted(path.parent.name for path in under("fluogen/weights", "config.json"))
+    assert names, "no weights are shipped"
+    code = ("import sys; from fluogen.diffusion.zoo import find_weights, load_weights\n"
+            "for name in sys.argv[1:]: load_weights(name); print(find_weights(name))")
+    found = run(tmp_path, "-c", code, *names, PYTHONPATH=str(site), FLUOGEN_CACHE=str(tmp_path)).split()
+    assert len(found) == len(names) and all(path.startswith(str(site)) for path in found)
+
+
+def test_the_registry_comes_along(site, tmp_path):
+    code = "from fluogen.data.registry import list_datasets; print(*list_datasets(), sep='\\n')"
+    found = run(tmp_path, "-c", code, PYTHONPATH=str(site)).splitlines()
+    assert {"BioSR", "FMD", "DSB2018", "2D HeLa", "DynamicNuclearNet"} <= set(found)
+
+
+def test_the_command_answers(site, tmp_path):
+    code = "import sys; from fluogen.cli import main; sys.exit(main(['--version']))"
+    assert run(tmp_path, "-c", code, PYTHONPATH=str(site)).startswith("fluogen ")
 
 
 def test_every_module_imports_without_the_repository(site, tmp_path):
