@@ -29,7 +29,7 @@ class OpticsRange:
             edges = [edge for band in getattr(self, name) for edge in band]
             if not edges or edges != sorted(edges):
                 raise OpticsError(f"{name} bands must be increasing and disjoint",
-                                  expected="((low, high), …)", where=f"OpticsRange {self.name}", found=getattr(self, name))
+                                  where=f"OpticsRange {self.name}", found=getattr(self, name))
         check_bounds(f"OpticsRange {self.name}", "na", self.na[-1][1], 0.0, 1.51)
         check_bounds(f"OpticsRange {self.name}", "photons", self.photons[0][0], 0.0, 1e7, open_low=True)
 
