@@ -1,7 +1,7 @@
 """Pairs a second: `python benchmarks/bench_pairs.py` prints a Markdown table; `--help` lists the options.
 
-Each cell: pictures a second by the clock (CPU milliseconds a picture, summed over threads). On a busy machine the
-second number is the one to trust: two free cores reach about 2000 divided by it."""
+Each cell: pictures a second by the clock (CPU milliseconds a picture, summed over threads). On a busy machine
+the second number is the one to trust: two free cores reach about 2000 divided by it."""
 import argparse
 import time
 
@@ -47,7 +47,8 @@ def main():
                  lambda seed: simulate_pairs(names, options.n, seed=seed, **shared),
                  lambda seed: simulate_pairs(names, options.n, seed=seed, raw_frames=True, **shared)]
         rates = [measure_rate(call, options.n, options.device, options.repeats) for call in calls]
-        print(f"| {title} | {' | '.join(f'{rate:.0f}/s ({cpu_ms:.1f} ms)' for rate, cpu_ms in rates)} |", flush=True)
+        cells = [f"{rate:.0f}/s ({cpu_ms:.1f} ms)" for rate, cpu_ms in rates]
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from fluogen.data.microscopes import (HELD_OUT, OUT_OF_RANGE, REFERENCE_PIXEL_UM, TRAIN, OpticsRange, draw_setups,
-                                      list_overlaps)
+from fluogen.data.microscopes import (HELD_OUT, OUT_OF_RANGE, REFERENCE_PIXEL_UM, TRAIN, OpticsRange,
+                                      draw_setups, list_overlaps)
 from fluogen.data.optics import OpticsError
 
 
@@ -29,8 +29,9 @@ def test_held_out_and_out_of_range_share_nothing_with_training():
     for one in (HELD_OUT, OUT_OF_RANGE):
         assert list_overlaps(TRAIN, one) == [] and one.reserved
     assert list_overlaps(HELD_OUT, OUT_OF_RANGE) == []
-    train = {round(s.optics.na, 3) for s in draw_setups(2000, REFERENCE_PIXEL_UM, TRAIN, np.random.default_rng(1))}
-    held = {round(s.optics.na, 3) for s in draw_setups(2000, REFERENCE_PIXEL_UM, HELD_OUT, np.random.default_rng(1))}
+    train, held = ({round(setup.optics.na, 3) for setup in draw_setups(2000, REFERENCE_PIXEL_UM, one,
+                                                                       np.random.default_rng(1))}
+                   for one in (TRAIN, HELD_OUT))
     assert not train & held
 
 
@@ -50,8 +51,8 @@ def test_blur_in_fine_pixels_is_the_same_at_every_magnification(pixel_um):
 
 
 def test_bad_ranges_are_refused():
-    for options in (dict(na=((1.4, 1.3),)), dict(na=()), dict(na=((1.3, 1.4), (1.35, 1.45))), dict(photons=((0, 10),)),
-                    dict(na=((1.3, 1.7),))):
+    for options in (dict(na=((1.4, 1.3),)), dict(na=()), dict(na=((1.3, 1.4), (1.35, 1.45))),
+                    dict(photons=((0, 10),)), dict(na=((1.3, 1.7),))):
         with pytest.raises(OpticsError):
             OpticsRange("odd", **options)
 

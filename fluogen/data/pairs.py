@@ -118,7 +118,8 @@ def _simulate(structures, n, size_px, seed, split, optics, device, brightness, *
     counts = {prompt: len(range(i, n, len(prompts))) for i, prompt in enumerate(prompts)}
     groups = [(prompt, start) for prompt in prompts for start in range(0, counts[prompt], GROUP)]
     parts = [_simulate_group(prompt, min(GROUP, counts[prompt] - start), size_px,
-                             (seed, split, start // GROUP), optics, device, **options) for prompt, start in groups]
+                             (seed, split, start // GROUP), optics, device, **options)
+             for prompt, start in groups]
     order = rng.permutation(n)
     columns = {}
     for name, first in parts[0].items():
