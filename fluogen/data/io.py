@@ -50,7 +50,7 @@ _EXPORT, _ORIGINAL = "Export it as OME-TIFF.", "Ask for the original."
 _OTHERS = {b"\xff\xd8\xff": ("JPEG: its pixels are no measurement any more", _ORIGINAL),
            b"\x0a\x00\x00\x00jP": ("JPEG 2000", "Save it as TIFF."), b"BM": ("BMP", "Save it as TIFF."),
            b"GIF8": ("GIF", _ORIGINAL), b"RIFF": ("WebP or AVI", _ORIGINAL),
-           b"\x93NUMPY": ("a NumPy file", "Write it with write_image."), b"PK\x03\x04": ("a zip", "Unpack it."),
+           b"\x93NUMPY": ("a NumPy file", "Write it with write_image."), b"PK\x03\x04": ("a zip", "Unpack."),
            b"\x80\x04": ("a pickle, which could run code", "Ask for TIFF."), b"\x89HDF": ("HDF5", _EXPORT),
            b"ZISRAWFILE": ("Zeiss CZI", _EXPORT), b"\xda\xce\xbe\n": ("Nikon ND2", _EXPORT),
            b"\xd0\xcf\x11\xe0": ("an OLE container (OIB, ZVI)", _EXPORT)}
@@ -112,8 +112,8 @@ def read_image(
 ) -> Image:
     """Read an image whole, with axes, pixel size and metadata, or raise `ImageReadError`.
 
-    Structure is checked before anything is decoded, and only the chosen planes are decoded. Axes that the
-    file does not state are never guessed. Axes of length one are dropped unless our note or `axes` has them."""
+    Structure is checked before anything is decoded; only the chosen planes are decoded. Axes that the file
+    does not state are never guessed. Those of length one are dropped unless our note or `axes` has them."""
     with _one_error(path):
         if not isinstance(path, (str, Path)) or "\0" in str(path):
             raise ImageReadError("no path", repr(path))
@@ -176,7 +176,7 @@ def _write_as(path: Path, temporary: Path, array, axes, pixel, note, metadata, c
         write_mrc(temporary, array, axes, pixel, note)
     elif name.endswith(".zarr"):
         from fluogen.data.omezarr import write_omezarr
-        write_omezarr(temporary, array, axes, pixel, note)
+        write_omezarr(temporary, array, axes, pixel, note, metadata.get("channels"))
     else:
         raise ImageWriteError("no known image format", path, path.suffix or "no suffix",
                               ".tif .ome.tif .png .mrc .zarr")

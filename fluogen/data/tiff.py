@@ -110,8 +110,8 @@ def _tiff_dialect(array: np.ndarray, axes: str, ome: bool, big: bool) -> str:
     if not axes.endswith(("YX", "YXS")) or "S" in axes and dict(zip(axes, array.shape))["S"] not in (3, 4):
         raise ImageWriteError("a TIFF's planes end with YX, or YXS with 3 or 4 colours",
                               found=f"{axes} {array.shape}", hint="Transpose the array first.")
-    if array.dtype.kind not in "uifb" or array.dtype.itemsize > 8:
-        raise ImageWriteError("no TIFF number type", found=array.dtype, expected="bool, integers or floats")
+    if array.dtype.kind not in "uifb" or array.dtype.itemsize > 8 or "S" in axes and array.dtype == bool:
+        raise ImageWriteError("no TIFF number type", found=array.dtype, expected="grey bool, integers, floats")
     if ome:
         if array.dtype.name not in _OME_NAMES:
             raise ImageWriteError("no OME number type", found=array.dtype, expected=", ".join(_OME_NAMES))

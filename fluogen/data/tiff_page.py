@@ -64,7 +64,7 @@ def _read_dtype(d: Directory, samples: int) -> np.dtype:
         raise d.file.error("the TIFF's tags are out of order and none gives the number type",
                            hint="Open and save it in ImageJ.")
     dtype = _DTYPES.get((*kinds, *bits))
-    if dtype is None:
+    if dtype is None or dtype == "?" and samples > 1:
         what = "complex numbers" if kinds & {5, 6} else "numbers"
         raise d.file.error(f"{what} of an unsupported type",
                            f"{sorted(bits)} bits, sample format {sorted(kinds)}", "8 to 64 bits, real",
