@@ -174,6 +174,20 @@ def test_points_keep_mass_and_centre_and_do_not_leak_in_from_outside():
     assert outside.density.sum() == 0 and outside.instances.sum() == 0
 
 
+def test_dark_points_leave_no_label():
+    canvas = Canvas(1, 24, 0.1, make_generator(0), instances=True)
+    paint_points(canvas, torch.full((2, 1, 2, 1), 1.0) + torch.tensor([0.0, 0.8]).view(1, 1, 2, 1),
+                 torch.tensor([1.0, 1e-6]).view(1, 2, 1), take_ids(canvas, 2))
+    assert canvas.instances.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", list(STRUCTURES))
+def test_every_tensor_is_made_on_the_generators_device(name):
+    "Whatever is made without naming a device lands on `meta` here, and cannot mix with the rest."
+    with torch.device("meta"):
+        assert render(name, 2, 40, generator=make_generator(0), instances=True).density.device.type == "cpu"
+
+
 def test_stamps_know_where_they_are():
     canvas = Canvas(1, 40, 0.05, make_generator(0))
     centre = torch.tensor([[[0.913, -0.2]], [[1.271, 1.0]]])

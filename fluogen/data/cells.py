@@ -23,7 +23,7 @@ class Outline:
     radius: torch.Tensor    # (n, H, W) um from the cell's centre
     centre: torch.Tensor    # (2, n) y and x, um
 
-
+# %% ../../nbs/lib/data/44_cells.ipynb #85ef4b53
 def draw_outline(
     canvas: Canvas,
     radius_um: tuple[float, float] = (14.0, 24.0),  # range of the cell's mean radius
@@ -59,7 +59,7 @@ def draw_outline(
     depth = depth + (inside - middle)[:, None, None]
     return Outline(depth, (dy**2 + dx**2).sqrt(), centre)
 
-
+# %% ../../nbs/lib/data/44_cells.ipynb #b9929930
 def soft_step(
     depth,              # any shape, um
     width_um: float,
@@ -116,23 +116,13 @@ class Polygons:
     third: torch.Tensor     # (n, H, W) excess distance of the third seed: small at junctions
     count: int              # numbers run below this
 
-
+# %% ../../nbs/lib/data/44_cells.ipynb #f6c3b52d
 def look_up(
     table,              # (count,) one number per polygon
     cell,               # (n, H, W) polygon numbers
 ):                      # (n, H, W)
     "Each pixel's polygon's number."
     return table.index_select(0, cell.flatten()).view(cell.shape)
-
-
-def _decode(code, ny, nx, base, size, reach, ty, tx):
-    "Number, place relative to the pixel's lattice cell, squared distance, of the neighbour in the code."
-    number = code & 31
-    oy = torch.div(number, 2 * reach + 1, rounding_mode="floor")
-    ox = number - oy * (2 * reach + 1)
-    oy, ox = oy - reach, ox - reach
-    index = ((ny + oy) & (size - 1)) * size + base + ((nx + ox) & (size - 1))
-    return index, ty.index_select(0, index) + oy, tx.index_select(0, index) + ox, (code & -32).view(torch.float32)
 
 # %% ../../nbs/lib/data/44_cells.ipynb #10713777
 def draw_polygons(
@@ -144,29 +134,30 @@ def draw_polygons(
 ) -> Polygons:
     "Voronoi polygons of a jittered lattice."
     size = 1 << max(2, math.ceil(math.log2(extent)))                                # a power of two: cheap to wrap
-    table = canvas.uniform(0.5 - jitter / 2, 0.5 + jitter / 2, 2, size * size)      # (n, 2, cells)
-    ty, tx = table[:, 0].flatten(), table[:, 1].flatten()
+    seeds = canvas.uniform(0.5 - jitter / 2, 0.5 + jitter / 2, 2, size, size).movedim(1, 0)     # (2, n, size, size)
+    names = torch.arange(canvas.n * size**2, device=y.device, dtype=torch.int32).view(canvas.n, size, size)
+    steps = [(a, b) for a in range(-reach, reach + 1) for b in range(-reach, reach + 1)]
+    shifted = [torch.stack([seeds[0] + a, seeds[1] + b]).roll((-a, -b), (-2, -1)).flatten(1) for a, b in steps]
     cy, cx = y.floor(), x.floor()
     fy, fx = (y - cy).flatten(), (x - cx).flatten()
-    ny, nx = cy.int().flatten(), cx.int().flatten()
-    base = torch.arange(canvas.n, device=y.device, dtype=torch.int32).repeat_interleave(y[0].numel()) * size**2
-    rows = [((ny + k) & (size - 1)) * size + base for k in range(-reach, reach + 1)]
-    columns = [(nx + k) & (size - 1) for k in range(-reach, reach + 1)]
+    base = names[:, :1, :1] + (cy.int() & (size - 1)) * size + (cx.int() & (size - 1))
+    index = base.flatten()                                                          # the lattice cell of each pixel
     first = second = third = torch.full(fy.shape, 0x7F000000, dtype=torch.int32, device=y.device)
-    for number in range((2 * reach + 1)**2):
-        oy, ox = divmod(number, 2 * reach + 1)
-        index = rows[oy] + columns[ox]
-        dy = ty.index_select(0, index).sub_(fy).add_(oy - reach)
-        dx = tx.index_select(0, index).sub_(fx).add_(ox - reach)
+    for number, (ty, tx) in enumerate(shifted):
+        dy, dx = ty.index_select(0, index).sub_(fy), tx.index_select(0, index).sub_(fx)
         code = dy.mul_(dy).addcmul_(dx, dx).view(torch.int32).bitwise_and_(-32).bitwise_or_(number)
         third = torch.minimum(third, torch.maximum(second, code))
         second = torch.minimum(second, torch.maximum(first, code))
         first = torch.minimum(first, code)
-    (i1, y1, x1, d1), (i2, y2, x2, d2) = (_decode(code, ny, nx, base, size, reach, ty, tx) for code in (first, second))
-    d3 = third.bitwise_and(-32).view(torch.float32)
+    places = torch.stack(shifted, 1)                                                # (2, neighbours, n * size**2)
+    names = torch.stack([names.roll((-a, -b), (-2, -1)).flatten() for a, b in steps])
+    which = [(code & 31) * names.shape[1] + index for code in (first, second)]
+    (y1, x1), (y2, x2) = ([table.flatten().index_select(0, w) for table in places] for w in which)
+    cell, other = (names.flatten().index_select(0, w).view(y.shape) for w in which)
+    d1, d2, d3 = ((code & -32).view(torch.float32) for code in (first, second, third))
     apart = ((y2 - y1)**2).addcmul_(x2 - x1, x2 - x1).sqrt_().clamp_min_(1e-3)
-    return Polygons(((d2 - d1) / (2 * apart)).view(y.shape), i1.view(y.shape), i2.view(y.shape),
-                    (fy - y1).view(y.shape), (fx - x1).view(y.shape), (d3.sqrt() - d2.sqrt()).view(y.shape), canvas.n * size**2)
+    return Polygons(((d2 - d1) / (2 * apart)).view(y.shape), cell, other, (fy - y1).view(y.shape),
+                    (fx - x1).view(y.shape), (d3.sqrt() - d2.sqrt()).view(y.shape), names.shape[1])
 
 # %% ../../nbs/lib/data/44_cells.ipynb #3a36aae9
 def hash_edges(

@@ -53,7 +53,7 @@ def paint_nuclei(
     haze = torch.sigmoid(smooth_noise(canvas, 12.0)[:, 0]) * (u(0, 1) ** 2 * background)[:, None, None]
     canvas.add_image(haze)
 
-
+# %% ../../nbs/lib/data/48_tissues.ipynb #b7898f3a
 def paint_nucleoli(
     canvas: Canvas,
     sites, size, here,          # (2, n, m), (n, m), (n, m): nuclei that are there
@@ -182,7 +182,7 @@ def paint_cocci(
     stamp.label((distance < size + wall) & (level > 0), take_ids(canvas, m))
     canvas.add_image((u(0, 1)**2 * 0.04)[:, None, None].expand(-1, canvas.size_px, canvas.size_px))
 
-
+# %% ../../nbs/lib/data/48_tissues.ipynb #bbe3e1d4
 def paint_rods(
     canvas: Canvas,
     radius_um: tuple[float, float] = (0.38, 0.5),
