@@ -7,7 +7,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from fluogen.metrics import restoration as R
 from fluogen.metrics.intervals import paired_interval
-from fluogen.metrics.resolution import correlate_rings, fourier_ring_correlation, fourier_ring_resolution, split_checkerboard
+from fluogen.metrics.resolution import (correlate_rings, fourier_ring_correlation, fourier_ring_resolution,
+                                        split_checkerboard)
 from fluogen.metrics.restoration import MetricError
 from fluogen.metrics.structures import locate_errors, structure_errors
 
@@ -29,7 +30,8 @@ def moments(t, y):
 def brute_ssim(t, y, peak):
     mt, my, vt, vy, c = moments(t, y)
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    return (2 * mt * my + c1) * (2 * c + c2) / ((mt**2 + my**2 + c1) * (vt + vy + c2)), (2 * c + c2) / (vt + vy + c2)
+    contrast = (2 * c + c2) / (vt + vy + c2)
+    return (2 * mt * my + c1) / (mt**2 + my**2 + c1) * contrast, contrast
 
 
 def brute_ms_ssim(t, y, peak):
@@ -41,7 +43,7 @@ def brute_ms_ssim(t, y, peak):
             contrast = brute_ssim(*full, peak)[0].mean()
         score *= max(contrast, 0) ** power
         t, y = (image[: len(image) // 2 * 2, : image.shape[1] // 2 * 2] for image in (t, y))
-        t, y = (image.reshape(image.shape[0] // 2, 2, image.shape[1] // 2, 2).mean((1, 3)) for image in (t, y))
+        t, y = (image.reshape(len(image) // 2, 2, image.shape[1] // 2, 2).mean((1, 3)) for image in (t, y))
     return score
 
 
@@ -49,7 +51,8 @@ def draw_pair(k, shape):
     "Pairs of many kinds: noise, gain, offset, constant, equal, negative, counts, sparse."
     rng = np.random.default_rng(k)
     target = rng.random(shape) ** rng.integers(1, 6)
-    image = [target + 0.1 * rng.standard_normal(shape), 3 * target - 1, 1 - target, np.full(shape, 0.3), target,
+    noise = 0.1 * rng.standard_normal(shape)
+    image = [target + noise, 3 * target - 1, 1 - target, np.full(shape, 0.3), target,
              rng.random(shape), (target > 0.9).astype(float), np.roll(target, 1, 0)][k % 8]
     scale = (1.0, 255.0, 65535.0)[k % 3]
     if k % 11 == 0:
@@ -102,8 +105,9 @@ def test_wrong_input_is_one_line(metric):
     good = np.random.default_rng(0).random((180, 180))
     hole, shape = good.copy(), good[:-1]
     hole[3, 4] = np.nan
-    for t, y, peak in ((good, hole, 1), (hole, good, 1), (good, shape, 1), (good, good[None], 1), (good, good, 0),
-                       (good, good, np.nan), (good, good, None), (good, good + 0j, 1), (good[0], good[0], 1)):
+    for t, y, peak in ((good, hole, 1), (hole, good, 1), (good, shape, 1), (good, good[None], 1),
+                       (good, good, 0), (good, good, np.nan), (good, good, None), (good, good + 0j, 1),
+                       (good[0], good[0], 1)):
         with pytest.raises(MetricError) as error:
             metric(t, y, peak)
         assert "\n" not in str(error.value)
@@ -146,7 +150,8 @@ def test_known_cutoff_by_every_road(shape, cutoff):
 
 
 def test_checkerboard_undoes_the_half_pixel_shift():
-    scene = low_pass(np.random.default_rng(4).standard_normal((256, 300)), 0.2, 1)      # below a quarter: no aliasing
+    rng = np.random.default_rng(4)
+    scene = low_pass(rng.standard_normal((256, 300)), 0.2, 1)       # below a quarter: no aliasing
     for pair in split_checkerboard(scene):
         frequency, aligned = correlate_rings(*pair)
         assert aligned[5:45].min() > 0.99 > 0.8 > correlate_rings(*pair[:2])[1][5:45].min()
@@ -202,15 +207,17 @@ def draw_spots(places, shape=(220, 200)):
 @pytest.mark.parametrize("planted, removed", [(0, 0), (7, 0), (0, 9), (4, 11)])
 def test_planted_spots_are_counted(planted, removed):
     rng = np.random.default_rng(planted + removed)
-    places = [(y + rng.uniform(-3, 3), x + rng.uniform(-3, 3)) for y in range(15, 215, 20) for x in range(15, 195, 20)]
+    places = [15 + 20 * place + rng.uniform(-3, 3, 2) for place in np.indices((10, 9)).reshape(2, -1).T]
     rng.shuffle(places)
     truth, image = draw_spots(places[:40]), draw_spots(places[removed : 40 + planted])
     found = structure_errors(truth, 0.5 * image + 0.1, 1, **SIZE)
     assert (found.n_invented, found.n_missed) == (planted, removed)
     assert (found.n_truth, found.n_image) == (40, 40 + planted - removed)
-    assert found.invented == pytest.approx(planted / found.n_image) and found.missed == pytest.approx(removed / 40)
+    assert found.invented == pytest.approx(planted / found.n_image)
+    assert found.missed == pytest.approx(removed / 40)
     where = locate_errors(truth, image, 1, **SIZE)
-    for spots, points in ((places[40 : 40 + planted], where["invented"]), (places[:removed], where["missed"])):
+    added, taken = places[40 : 40 + planted], places[:removed]
+    for spots, points in ((added, where["invented"]), (taken, where["missed"])):
         assert all(min(np.hypot(*(np.array(spot) - point)) for spot in spots) < 1.5 for point in points)
 
 
@@ -231,15 +238,16 @@ def test_structures_ignore_gain_and_offset_and_stack():
     image = draw_spots(rng.uniform(10, 190, (60, 2)))
     plain = structure_errors(truth, image, 1, **SIZE)
     assert plain == structure_errors(truth, 0.7 * image + 0.2, 1, **SIZE)
-    assert abs(plain.invented - plain.chance) < 0.15                                # unrelated: no better than dice
+    assert abs(plain.invented - plain.chance) < 0.15                # unrelated: no better than dice
     both = structure_errors(np.stack([truth, truth]), np.stack([image, truth]), 1, **SIZE)
     assert both.invented.tolist() == [plain.invented, 0] and both.missed.tolist() == [plain.missed, 0]
 
 
 def test_structures_degenerate():
     empty, spots = np.zeros((220, 200)), draw_spots([(50, 50), (100, 100)])
-    rates = [(s.invented, s.missed, s.n_image, s.n_truth) for s in (structure_errors(t, y, 1, **SIZE) for t, y in (
-        (empty, empty), (empty + 0.4, empty), (spots, empty), (empty, spots)))]
+    cases = ((empty, empty), (empty + 0.4, empty), (spots, empty), (empty, spots))
+    found = [structure_errors(t, y, 1, **SIZE) for t, y in cases]
+    rates = [(s.invented, s.missed, s.n_image, s.n_truth) for s in found]
     assert rates == [(0, 0, 0, 0), (0, 0, 0, 0), (0, 1, 0, 2), (1, 0, 2, 0)]
     noise = 0.005 * np.random.default_rng(0).standard_normal(empty.shape)
     assert structure_errors(empty, noise, 1, **SIZE).n_image == 0                   # the floor
@@ -251,7 +259,8 @@ def test_structures_degenerate():
 
 # ---- intervals
 
-@pytest.mark.parametrize("seeds, fields, shape", [(0.02, 0.4, (3, 16)), (0.1, 0.4, (3, 16)), (0.3, 0.1, (3, 16)), (0.2, 0.2, (5, 12))])
+@pytest.mark.parametrize("seeds, fields, shape", [
+    (0.02, 0.4, (3, 16)), (0.1, 0.4, (3, 16)), (0.3, 0.1, (3, 16)), (0.2, 0.2, (5, 12))])
 def test_coverage_within_binomial_limits(seeds, fields, shape):
     held, n = 0, 300
     for k in range(n):
