@@ -72,10 +72,10 @@ def run_train(args) -> int:
     work = Path(args.work) / args.recipe
     common = dict(device=args.device, seed=args.seed, minutes=args.minutes)
     if args.recipe == "nano":
-        from fluogen.tasks.recipes import train_prior
+        from fluogen.tasks.prior import train_prior
         made = train_prior(out / "fluogen-nano", work, **common)
     elif args.recipe == "bench30":
-        from fluogen.tasks.bench30 import run_bench
+        from fluogen.tasks.scoring import run_bench
         made = run_bench(out, work, base=args.base, seeds=args.seeds, methods=args.methods, seconds=args.seconds, workers=args.workers)
     else:
         from fluogen.tasks.recipes import train_sr
@@ -115,7 +115,8 @@ def run_doctor(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #a60d8d50
 def make_parser() -> argparse.ArgumentParser:
     "All commands and their options."
-    parser = argparse.ArgumentParser(prog="fluogen", description="Generative fluorescence microscopy: restore images, make weights again, check this machine.")
+    parser = argparse.ArgumentParser(prog="fluogen", description="Generative fluorescence microscopy: restore images, "
+                                     "make weights again, check this machine.")
     parser.add_argument("--version", action="version", version=f"fluogen {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -10,7 +10,8 @@ __all__ = ['BUILDERS', 'CARD_KEYS', 'ZooError', 'weight_folders', 'list_weights'
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -222,8 +223,7 @@ def describe(folder: str | Path) -> str:
     return "\n".join([*lines, f"  scheduler  {models.scheduler}"])
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #7ab012c2
-if __name__ == "__main__":
-    import sys
+if __name__ == "__main__" and "ipykernel" not in sys.modules:      # not in this notebook
     try:
         print(describe(sys.argv[1]) if len(sys.argv) == 2 else "usage: python -m fluogen.diffusion.zoo FOLDER")
     except FluogenError as error:

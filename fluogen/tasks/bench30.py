@@ -22,7 +22,7 @@ from ..diffusion.backbone import Backbone
 from ..diffusion.checkpoint import load_tensors
 from ..diffusion.session import copy_into
 from ..diffusion.zoo import load_weights
-from .networks import BASELINES, build_baseline
+from .baselines import BASELINES, build_baseline
 from .finetune import (ControlFitter, DirectFitter, FitConfig, NetworkFitter, Pairs,
                                      draw_batch, fit)
 from .recipes import as_pairs
@@ -94,7 +94,7 @@ def run_method(
     seed: int,
     folder: str | Path,             # checkpoints and result.json of this method and seed
     base: str = "fluogen-nano",
-    seconds: float = 60.0,          # the common time, at this machine's best pace
+    seconds: float = 60.0,          # the common time of training steps, at this machine's best pace
     config: FitConfig | None = None,
     n_pairs: int = 30,
 ) -> dict:

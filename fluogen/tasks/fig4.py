@@ -26,7 +26,8 @@ from .scoring import best_baseline, classical_methods, compare, open_fitter, res
 # %% ../../nbs/lib/tasks/70_fig4.ipynb #915976e1
 CONVENTIONS = {"normalisation": "each image by its own percentiles (input 0.1 and 99.9; truth 0 and 99.9), clipped to [0, 1]",
                "data_range": 1.0, "crop": "none", "averaging": "mean over fields",
-               "nrmse": "after a linear fit of gain and offset to the truth", "resolution": "Fourier ring correlation with the truth, threshold 1/2",
+               "nrmse": "after a linear fit of gain and offset to the truth",
+               "resolution": "Fourier ring correlation with the truth, threshold 1/2",
                "structure": "resolution elements of 0.1 um, tolerance one element"}
 
 
@@ -44,9 +45,10 @@ def read_pair(record, size_px: int) -> tuple:
         raise Fig4Error("the target is not twice the input", where=target.path, found=f"{condition.array.shape} and {target.array.shape}")
     side = min(size_px, *target.array.shape) // 16 * 16
     top, left = ((n - side) // 4 * 2 for n in target.array.shape)
-    unit = [scale_to_unit(image.array, norm, clip=True)[0] for image, norm in ((target, "percentile:0,99.9"), (condition, "percentile:0.1,99.9"))]
-    return (torch.from_numpy(unit[0][None, top:top + side, left:left + side]),
-            torch.from_numpy(unit[1][None, top // 2:(top + side) // 2, left // 2:(left + side) // 2]),
+    truth, _ = scale_to_unit(target.array, "percentile:0,99.9", clip=True)
+    measured, _ = scale_to_unit(condition.array, "percentile:0.1,99.9", clip=True)
+    return (torch.from_numpy(truth[None, top:top + side, left:left + side]),
+            torch.from_numpy(measured[None, top // 2:(top + side) // 2, left // 2:(left + side) // 2]),
             (target.pixel_um or {}).get("X") or (0.0313))
 
 
@@ -72,12 +74,13 @@ def open_fields(dataset: str, per_structure: int, size_px: int = 256) -> tuple[P
     side = min(r[2].shape[-1] for r in rows)
     missing = [s for s in ("factin", "microtubules", "er", "ccps") if s not in {r[0] for r in rows}]
     notes += [f"rows without an image in {dataset}: {', '.join(missing)}"] if missing else []
-    return PairBatch(target=torch.stack([r[2][..., :side, :side] for r in rows]), prompts=[r[1] for r in rows], structures=[r[0] for r in rows],
-                     setups=[None] * len(rows), pixel_um=[r[4] for r in rows],
+    return PairBatch(target=torch.stack([r[2][..., :side, :side] for r in rows]),
+                     prompts=[r[1] for r in rows], structures=[r[0] for r in rows], setups=[None] * len(rows), pixel_um=[r[4] for r in rows],
                      condition=torch.stack([r[3][..., :side // 2, :side // 2] for r in rows])), notes
 
 
-WORDS = {"factin": ("actin",), "microtubules": ("microtubule", "tubulin"), "er": ("er of", "endoplasmic", "er"), "ccps": ("ccp", "clathrin")}
+WORDS = {"factin": ("actin",), "microtubules": ("microtubule", "tubulin"), 
+         "er": ("er of", "endoplasmic", "er"), "ccps": ("ccp", "clathrin")}
 
 
 def guess_structure(text: str) -> str | None:
@@ -89,7 +92,8 @@ def guess_structure(text: str) -> str | None:
     return None
 
 # %% ../../nbs/lib/tasks/70_fig4.ipynb #5a915f61
-DISPLAY = {"bicubic": "Bicubic", "richardson_lucy": "Rich.-Lucy", "care": "CARE", "dfcan": "DFCAN", "rcan": "RCAN", "scratch": "Ours, scratch",
+DISPLAY = {"bicubic": "Bicubic", "richardson_lucy": "Rich.-Lucy", "care": "CARE", "dfcan": "DFCAN", "rcan": "RCAN",
+           "scratch": "Ours, scratch",
            "direct": "FluoGen direct", "control": "FluoGen control"}
 
 
@@ -131,8 +135,8 @@ def figure_panels(images: dict, fields: PairBatch, labels: dict) -> tuple[dict, 
     return panels, widths
 
 # %% ../../nbs/lib/tasks/70_fig4.ipynb #fc3c130e
-METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "nrmse": "NRMSE", "cutoff_per_um": "cut-off 1/um", "invented": "invented",
-           "missed": "missed"}
+METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "nrmse": "NRMSE", "cutoff_per_um": "cut-off 1/um",
+           "invented": "invented",           "missed": "missed"}
 
 
 def summarise(scores: dict, fields: PairBatch) -> list[dict]:
@@ -174,28 +178,30 @@ def best_of_ours(record: dict, ways=OURS_WAYS) -> tuple[str, str]:
 def figure_claims(record: dict | None, seconds: dict, full: bool = True) -> list[dict]:
     "Arguments of `fluogen.report.claims.judge`, one dict a claim; `full=False`: nothing from the record is claimed."
     source = "this package, thirty pairs"
-    names = ("gain_psnr", "gain_ms_ssim", "every_structure", "control_gain", "sample_sharper", "over_bicubic", "over_richardson_lucy", "few_passes")
     if not full or record is None:
         why = "needs simulated fields in a profile above smoke"
-        return [dict(id=n, claim=CLAIMS[n][0], source=source, measured=None, why=why, **CLAIMS[n][1]) for n in names]
+        return [dict(id=n, claim=CLAIMS[n][0], source=source, measured=None, why=why, **CLAIMS[n][1]) for n in CLAIMS]
     ours, theirs = best_of_ours(record), best_baseline(record)
     control = best_of_ours(record, OURS_WAYS[1:])
-    differences = {"gain_psnr": (ours, theirs, "psnr"), "gain_ms_ssim": (ours, theirs, "ms_ssim"), "control_gain": (control, theirs, "psnr"),
-                   "sample_sharper": (("control, 4 passes", "ever"), theirs, "cutoff_per_um"), "over_bicubic": (ours, ("bicubic", "ever"), "psnr"),
+    differences = {"gain_psnr": (ours, theirs, "psnr"), "gain_ms_ssim": (ours, theirs, "ms_ssim"),
+                   "control_gain": (control, theirs, "psnr"),
+                   "sample_sharper": (("control, 4 passes", "ever"), theirs, "cutoff_per_um"),
+                   "over_bicubic": (ours, ("bicubic", "ever"), "psnr"),
                    "over_richardson_lucy": (ours, ("richardson_lucy", "ever"), "psnr"),
                    "few_passes": (("control, 4 passes", "ever"), ("control, 10 passes", "ever"), "psnr")}
     claims = []
     for name, (first, second, metric) in differences.items():
         second = (second[0], "ever") if metric == "cutoff_per_um" else second
         interval = compare(record, first, second, metric)
-        claims.append(dict(id=name, claim=CLAIMS[name][0], source=source, measured=interval.mean, ci95=(interval.low, interval.high),
-                           why=f"{first[0]} against {second[0]} ({second[1]}), {interval.n_seeds} draws x {interval.n_fields} fields", **CLAIMS[name][1]))
+        why = f"{first[0]} against {second[0]} ({second[1]}), {interval.n_seeds} draws x {interval.n_fields} fields"
+        claims.append(dict(id=name, claim=CLAIMS[name][0], source=source, measured=interval.mean,
+                           ci95=(interval.low, interval.high), why=why, **CLAIMS[name][1]))
     worst = min((compare(record, ours, theirs, "psnr", structure=s).mean, s) for s in sorted(set(record["fields"]["held-out"])))
     claims.append(dict(id="every_structure", claim=CLAIMS["every_structure"][0], source=source, measured=worst[0],
                        why=f"smallest gain of {ours[0]}: {worst[1]}", **CLAIMS["every_structure"][1]))
     speed = seconds["FluoGen control"] / 4 * 10 / 4 / seconds["FluoGen direct"]
-    claims.append(dict(id="direct_speed", claim="the direct pass is faster than ten control passes", source="timed in this run", measured=speed,
-                       at_least=10, unit="x", why="one direct pass against ten passes of one sample, same fields"))
+    claims.append(dict(id="direct_speed", claim="the direct pass is faster than ten control passes",
+                       source="timed in this run", measured=speed, at_least=10, unit="x", why="one direct pass against ten passes of one sample, same fields"))
     return claims
 
 
@@ -214,8 +220,10 @@ CLAIMS = {
 def check_record(record: dict, scores: dict, steps: int) -> float:
     "Largest difference in mean PSNR between this run and the record's first draw, over learned methods."
     seed = record["seeds"][0]
-    ways = {DISPLAY[name]: name for name in (*LEARNED, "direct")} | ({"FluoGen control": "control, 4 passes, mean of 4"} if steps == 4 else {})
-    kept = {r["way"]: np.mean(r["scores"]["psnr"]) for r in record["rows"] if (r["kind"], r["which"], r["seed"]) == ("held-out", "ever", seed)}
+    ways = {DISPLAY[name]: name for name in (*LEARNED, "direct")}
+    ways |= {"FluoGen control": "control, 4 passes, mean of 4"} if steps == 4 else {}
+    kept = {r["way"]: np.mean(r["scores"]["psnr"]) for r in record["rows"]
+            if (r["kind"], r["which"], r["seed"]) == ("held-out", "ever", seed)}
     return max(abs(kept[way] - np.mean([s["psnr"] for s in scores[name]])) for name, way in ways.items() if way in kept)
 
 
@@ -226,7 +234,8 @@ def tell(record: dict | None, claims: list, simulated: bool) -> str:
     held, failed, open_ = ([c for c in claims if c.holds is verdict] for verdict in (True, False, None))
     name = lambda c: f"{c.claim.lstrip('. ')} ({c.measured:+.2f})"
     lines = ["Held: " + "; ".join(map(name, held)) + "." if held else "Nothing held.",
-             "Did not hold: " + "; ".join(map(name, failed)) + "." if failed else "", f"Not measured in this run: {len(open_)}." if open_ else ""]
+             "Did not hold: " + "; ".join(map(name, failed)) + "." if failed else "",
+             f"Not measured in this run: {len(open_)}." if open_ else ""]
     for kind in ("out-of-range", "unseen"):
         interval = compare(record, ("direct", "ever"), best_baseline(record), "psnr", kind)
         lines.append(f"On {kind} fields the direct adaptation differs from the best baseline by {interval.mean:+.2f} dB "

@@ -89,7 +89,7 @@ def train_prior(
     modules.to("cpu").eval()
     value = validate_prior(schedule, seed, torch.device("cpu"))
     about = {"task": "generate", "adaptation": "none", "schedule": asdict(schedule.config), "norm": "percentile:0,99.9",
-             "modules": {"backbone": modules["backbone"].config.to_json(), "prompts": modules["prompts"].config}}
+             "modules": {"backbone": modules["backbone"].config.to_dict(), "prompts": modules["prompts"].config}}
     states = {name: module.state_dict() for name, module in modules.items()}
     card = {"summary": "Text-to-image prior for fluorescence structures: backbone and prompt encoder.",
             "data": f"Simulated scenes only ({', '.join(STRUCTURES)}), drawn without repetition from the split train; no real image.",

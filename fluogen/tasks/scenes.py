@@ -28,15 +28,17 @@ class Rounds:
         split: str = "train",
         device="cpu",
     ):
-        self.simulate, self.seed, self.n, self.steps, self.split, self.device, self.now = simulate, seed, n, steps, split, device, (None, None)
+        self.simulate, self.seed, self.n, self.steps = simulate, seed, n, steps
+        self.split, self.device, self.now = split, device, (None, None)
 
     def at(self, step: int) -> list:
         "Batches of the round: one of the figure's structures, one of all others, half of the scenes each."
         number = step // self.steps
         if self.now[0] != number:
             others = [s for s in STRUCTURES if s not in SR_STRUCTURES]
-            self.now = (number, [self.simulate(names, self.n // 2, 128, seed=derive_seed(self.seed, "round", number), split=self.split,
-                                               device=self.device) for names in (SR_STRUCTURES, others)])
+            self.now = (number, [self.simulate([p for name in names for p in STRUCTURES[name].prompts], self.n // 2, 128,
+                                               seed=derive_seed(self.seed, "round", number), split=self.split, device=self.device)
+                                 for names in (SR_STRUCTURES, others)])
         return self.now[1]
 
 

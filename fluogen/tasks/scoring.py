@@ -22,10 +22,9 @@ from ..metrics.intervals import paired_interval
 from ..metrics.resolution import fourier_ring_correlation
 from ..metrics.restoration import score_restoration
 from ..metrics.structures import structure_errors
-from .baselines import Bicubic, deconvolve, make_psf, tune_deconvolution
+from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
 from .bench30 import LEARNED, OURS, draw_fields, load_method, simulate_thirty, split_thirty
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
-from .networks import build_baseline
 from .recipes import as_pairs, module_configs
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #7e7adbb5
@@ -149,7 +148,8 @@ def ship_method(folder: Path, method: str, seed: int, work: Path, base: str, rep
     origin = load_weights(base)
     about = {"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9",
              "adaptation": "network" if plain else "control" if "control" in fitter.modules else "direct",
-             "schedule": None if plain else vars(origin.schedule.config), "direct": vars(fitter.config) if hasattr(fitter, "config") else None,
+             "schedule": None if plain else vars(origin.schedule.config),
+             "direct": vars(fitter.config) if hasattr(fitter, "config") else None,
              "modules": {"network": {"name": method}} if plain else module_configs(fitter.modules)}
     card = {"summary": f"{method}, fitted on thirty simulated pairs: a row of figure 4, not for use.",
             "data": f"24 + 6 simulated pairs of 128² (draw {seed}), optics range train.",
