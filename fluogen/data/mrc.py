@@ -25,7 +25,7 @@ def _as_bytes(stored: Stored, file: CheckedFile) -> Stored:
     def load(index: tuple) -> np.ndarray:
         wide = stored.load(index)
         if wide.max() > 255:
-            raise file.error("pixels and metadata contradict each other", f"value {wide.max()}", "at most 255")
+            raise file.error("pixels and metadata contradict each other", wide.max(), "at most 255")
         return wide.astype(np.uint8)
     return replace(stored, dtype=np.dtype("u1"), load=load)
 

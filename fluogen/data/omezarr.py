@@ -138,7 +138,7 @@ def _read_axes(path: Path, image: dict, transforms: list, ndim: int) -> tuple[st
         both = [*transforms, *image.get("coordinateTransformations", [])]
         scales = [t["scale"] for t in both if t["type"] == "scale"]
         sizes = [math.prod(float(s[i]) for s in scales) for i in range(ndim)] if scales else []
-        um = {a: to_micrometres(n, axis.get("unit")) for a, axis, n in zip(letters, axes, sizes) if a in "ZYX"}
+        um = {a: to_micrometres(n, one.get("unit")) for a, one, n in zip(letters, axes, sizes) if a in "ZYX"}
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ImageReadError("damaged OME axes", path, f"{type(error).__name__} {error}") from None
     if check_axes(letters, ndim):

@@ -172,7 +172,8 @@ def read_structure(file: CheckedFile) -> Tiff:
     "Read and check all directories; no pixel is touched."
     main, below, big = read_directories(file)
     pages, inner = [read_page(d) for d in main], [read_page(d) for d in below]
-    used = sum(d.size for d in main + below) + sum(int(p.counts.sum()) for p in pages + inner)
+    values = {at: size for d in main + below for at, size in d.places.items()}      # ImageJ shares some
+    used = sum(values.values()) + sum(int(p.counts.sum()) for p in pages + inner)
     if used > file.size:
         raise file.error("the TIFF's pages overlap", f"{used} bytes referred to", f"at most {file.size}")
     largest = pages[0].height * pages[0].width

@@ -29,7 +29,7 @@ class Directory:
     order: str                  # "<" or ">"
     tags: dict
     sorted: bool                # as the standard demands
-    size: int                   # bytes of the directory and of the values that lie outside it
+    places: dict                # {place: bytes} of the directory and of the values that lie outside it
 
     def integers(self, code: int, default=None, most: int = 1) -> np.ndarray:
         "The whole numbers of a tag."
@@ -64,7 +64,7 @@ class Directory:
 def _read_tags(file: CheckedFile, order: str, big: bool, at: int, raw: bytes) -> Directory:
     "Check and index the tags of one directory."
     layout, inline = (order + "HHQQ", 8) if big else (order + "HHII", 4)
-    step, tags, outside, previous, in_order = struct.calcsize(layout), {}, 0, -1, True
+    step, tags, places, previous, in_order = struct.calcsize(layout), {}, {at: len(raw)}, -1, True
     for number, (code, kind, count, place) in enumerate(struct.iter_unpack(layout, raw)):
         width = _TYPE_BYTES.get(kind, 0)
         if code in _STRUCTURAL and (width == 0 or code in tags):
@@ -74,13 +74,13 @@ def _read_tags(file: CheckedFile, order: str, big: bool, at: int, raw: bytes) ->
             if place + size > file.size:
                 raise file.error(f"truncated, TIFF tag {code} lies beyond the end of the file",
                                  f"{file.size} bytes", f"{place + size} or more", RECOPY)
-            outside += size
+            places[place] = size
         else:
             place = at + (number + 1) * step - inline
         in_order, previous = in_order and code > previous, code
         if width:
             tags.setdefault(code, (kind, count, place))
-    return Directory(file, order, tags, in_order, len(raw) + outside)
+    return Directory(file, order, tags, in_order, places)
 
 # %% ../../nbs/lib/data/04_tiff_tags.ipynb #ecf2421d
 def _walk(file: CheckedFile, order: str, big: bool, offset: int, seen: set) -> list[Directory]:
