@@ -46,7 +46,7 @@ class Canvas(Dice):
         self.size_px, self.pixel_um, self.field_um = size_px, pixel_um, size_px * pixel_um
         self.side, self.next_id = size_px + 3, 1
         self.flat = torch.zeros(n * self.side**2, device=self.device)
-        self.labels = torch.zeros(self.flat.numel(), dtype=torch.int32, device=self.device) if instances else None
+        self.labels = torch.zeros_like(self.flat, dtype=torch.int32) if instances else None
 
     def _crop(self, flat):
         return flat.view(self.n, self.side, self.side)[:, 1:-2, 1:-2]
@@ -100,7 +100,7 @@ def paint_points(
     if canvas.labels is not None and ids is not None:
         nearest = (index + (fy > 0.5) * side + (fx > 0.5)).flatten()
         shape = (*ids.shape, *(1,) * (points.dim() - 1 - ids.dim()))
-        seen = weight > 0.004 * weight.amax(1, keepdim=True)                         # not the last trace of a tip
+        seen = weight > 0.004 * weight.amax(1, keepdim=True)  # not the last trace of a tip
         label = ids.view(shape).expand(points.shape[1:]).reshape(canvas.n, -1) * seen
         canvas.labels.scatter_reduce_(0, nearest, label.flatten().to(torch.int32), "amax")
 
@@ -140,10 +140,11 @@ class Stamp:
 
     def cover(self, values):
         "Like `add`, but overlapping objects keep the brighter: for solid things that hide each other."
-        self.canvas.flat.scatter_reduce_(0, self.index.flatten(), values.expand(self.index.shape).flatten(), "amax")
+        values = values.expand(self.index.shape).flatten()
+        self.canvas.flat.scatter_reduce_(0, self.index.flatten(), values, "amax")
 
     def fade(self, part):
-        "Take away a part (n, m, k, k) of what has been painted: 0 nothing, 1 all; parts of several objects multiply."
+        "Take away a part (n, m, k, k) of what has been painted: 0 nothing, 1 all; several parts multiply."
         part = torch.log1p(-part.clamp(0, 0.98)).expand(self.index.shape)
         total = torch.zeros_like(self.canvas.flat).scatter_add_(0, self.index.flatten(), part.flatten())
         self.canvas.flat.mul_(total.exp())
@@ -177,7 +178,7 @@ def smooth_noise(
     total, power, size = 0, 0.0, canvas.size_px
     for octave in range(octaves):
         cells = max(1, min(size // 2, math.ceil(canvas.field_um / scale_um * 2**octave)))
-        basis = spline_basis(size, cells, canvas.device) / 0.479            # splines of unit normals have variance 0.479**2
+        basis = spline_basis(size, cells, canvas.device) / 0.479  # unit variance out
         grid = canvas.normal(channels, cells + 3, cells + 3)
         total = total + basis @ grid @ basis.T * (0.479 * 0.5**octave)
         power += 0.25**octave
@@ -193,7 +194,7 @@ def preview(
     sigma, size = fwhm_um / 2.3548 / pixel_um, density.shape[-1]
     place = torch.arange(size, device=density.device)
     kernel = torch.exp(-((place[:, None] - place) / sigma)**2 / 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)                                    # borders keep their level
+    kernel = kernel / kernel.sum(1, keepdim=True)  # borders keep their level
     image = kernel @ density @ kernel.T
     image = image / image.flatten(1).quantile(0.999, dim=1).clamp_min(1e-12)[:, None, None]
     return (image.clamp(0, 1) * 255).byte().movedim(0, 1).flatten(1).cpu()

@@ -36,7 +36,7 @@ def draw_outline(
     size = u(*radius_um)                                                            # (n,)
     near, far = u(0.05, 0.4) * field, torch.maximum(u(0.6, 1.0) * field, size * u(0.3, 1.0))
     at_edge = canvas.chance(edge)
-    inside = torch.minimum(near * at_edge + far * (1 - at_edge), size)              # depth at the field's middle
+    inside = torch.minimum(near * at_edge + far * (1 - at_edge), size)  # depth at the field's middle
     angle, turn = u(0, 2 * math.pi), u(0, 2 * math.pi)
     away = size - inside + 0.12 * torch.minimum(size, canvas.normal().abs() * field) * (size < field)
     centre = field / 2 + torch.stack([angle.sin(), angle.cos()]) * away             # (2, n)
@@ -48,7 +48,7 @@ def draw_outline(
     far_from = (along**2 + across**2).sqrt() + 1e-6
     cosine = along / far_from
     previous, current, lobes = torch.ones_like(cosine), cosine, 0
-    for k in range(1, 6):                                                           # cos(k theta) by recursion
+    for k in range(1, 6):  # cos(k theta) by recursion
         lobes = lobes + current * (canvas.normal()[:, None, None] / k)
         previous, current = current, 2 * cosine * current - previous
     sine = across / far_from
@@ -133,15 +133,16 @@ def draw_polygons(
     reach: int = 1,             # 1: 3x3 neighbours, exact for jitter <= 0.5, nearly so above; 2: 5x5
 ) -> Polygons:
     "Voronoi polygons of a jittered lattice."
-    size = 1 << max(2, math.ceil(math.log2(extent)))                                # a power of two: cheap to wrap
-    seeds = canvas.uniform(0.5 - jitter / 2, 0.5 + jitter / 2, 2, size, size).movedim(1, 0)     # (2, n, size, size)
+    size = 1 << max(2, math.ceil(math.log2(extent)))  # a power of two: cheap to wrap
+    seeds = canvas.uniform(0.5 - jitter / 2, 0.5 + jitter / 2, 2, size, size).movedim(1, 0)  # (2, n, size, size)
     names = torch.arange(canvas.n * size**2, device=y.device, dtype=torch.int32).view(canvas.n, size, size)
     steps = [(a, b) for a in range(-reach, reach + 1) for b in range(-reach, reach + 1)]
-    shifted = [torch.stack([seeds[0] + a, seeds[1] + b]).roll((-a, -b), (-2, -1)).flatten(1) for a, b in steps]
+    shifted = [torch.stack([seeds[0] + a, seeds[1] + b]).roll((-a, -b), (-2, -1)).flatten(1)
+               for a, b in steps]
     cy, cx = y.floor(), x.floor()
     fy, fx = (y - cy).flatten(), (x - cx).flatten()
     base = names[:, :1, :1] + (cy.int() & (size - 1)) * size + (cx.int() & (size - 1))
-    index = base.flatten()                                                          # the lattice cell of each pixel
+    index = base.flatten()  # the lattice cell of each pixel
     first = second = third = torch.full(fy.shape, 0x7F000000, dtype=torch.int32, device=y.device)
     for number, (ty, tx) in enumerate(shifted):
         dy, dx = ty.index_select(0, index).sub_(fy), tx.index_select(0, index).sub_(fx)
@@ -149,7 +150,7 @@ def draw_polygons(
         third = torch.minimum(third, torch.maximum(second, code))
         second = torch.minimum(second, torch.maximum(first, code))
         first = torch.minimum(first, code)
-    places = torch.stack(shifted, 1)                                                # (2, neighbours, n * size**2)
+    places = torch.stack(shifted, 1)  # (2, neighbours, n * size**2)
     names = torch.stack([names.roll((-a, -b), (-2, -1)).flatten() for a, b in steps])
     which = [(code & 31) * names.shape[1] + index for code in (first, second)]
     (y1, x1), (y2, x2) = ([table.flatten().index_select(0, w) for table in places] for w in which)
@@ -175,7 +176,8 @@ def draw_per_cell(
     generator: torch.Generator,
 ):                              # (n, H, W) uniform in [0, 1), one value per polygon
     "A random number for every polygon."
-    return look_up(torch.rand(polygons.count, generator=generator, device=polygons.cell.device), polygons.cell)
+    dice = torch.rand(polygons.count, generator=generator, device=polygons.cell.device)
+    return look_up(dice, polygons.cell)
 
 
 def mean_per_cell(

@@ -33,12 +33,12 @@ def paint_microtubules(
     m = count_curves(canvas, density, length, margin)
     start = scatter_anchors(canvas, m, margin)
     angle = u(0, 2 * math.pi, 1)
-    origin = canvas.field_um * (0.5 + u(0.6, 3.0, 1) * torch.stack([angle.sin(), angle.cos()]))       # (2, n, 1)
+    origin = canvas.field_um * (0.5 + u(0.6, 3.0, 1) * torch.stack([angle.sin(), angle.cos()]))  # (2, n, 1)
     away = start - origin
     stray = canvas.chance(crossing, m)
     heading = torch.atan2(away[0], away[1]) + canvas.normal(m) * (spread * (1 - stray) + 1.2 * stray)
     bends = curl(canvas, m, length, u(0.10, 0.32, 1, 1), 0.8)
-    pairs = m // 4                                                       # the last quarter runs along the first
+    pairs = m // 4  # the last quarter runs along the first
     if pairs:
         beside = canvas.normal(2, pairs).movedim(1, 0) * 0.09
         start = torch.cat([start[..., :-pairs], start[..., :pairs] + beside], -1)
@@ -51,7 +51,8 @@ def paint_microtubules(
     tip = canvas.chance(0.2, m, 1) * u(0.1, 0.5, m, 1)                   # some end inside
     bright = bright * soft_step((place - tip) * length, 0.15)
     step = length / (points.shape[-1] - 1)
-    paint_points(canvas, points, bright * ragged(canvas, points.shape[1:], u(0.2, 0.9, 1, 1)) * step, take_ids(canvas, m))
+    bright = bright * ragged(canvas, points.shape[1:], u(0.2, 0.9, 1, 1))
+    paint_points(canvas, points, bright * step, take_ids(canvas, m))
     canvas.multiply(soft_step(outline.depth - 0.2, 0.8))
     paint_haze(canvas, u(0, 1.0) ** 2 * 2.5, outline.depth)
 
@@ -73,15 +74,17 @@ def paint_mesh(
         heading = torch.where(u(0, 1, m) < u(0.0, 0.9, 1), grain + canvas.normal(m) * 0.35, heading)
     if k:
         part = m // 3 // k * k
-        strand = torch.stack([u(0, 2 * math.pi, k) for _ in range(3)], -1)                            # (n, k, 3)
+        strand = torch.stack([u(0, 2 * math.pi, k) for _ in range(3)], -1)  # (n, k, 3)
         which = (u(0, 3, k, part // k)).long().clamp_max(2)
         leave = strand.gather(2, which).flatten(1) + canvas.normal(part) * 0.22
         reach = length_um * u(0.25, 0.5, part)
         place = nodes[..., None].expand(-1, -1, -1, part // k).flatten(2)
-        place = place + torch.stack([leave.sin(), leave.cos()]) * reach + canvas.normal(2, part).movedim(1, 0) * 0.1
+        place = place + torch.stack([leave.sin(), leave.cos()]) * reach
+        place = place + canvas.normal(2, part).movedim(1, 0) * 0.1
         heading = torch.cat([leave, heading[:, part:]], 1)
         start = torch.cat([place, start[..., part:]], -1)
-    points = walk(canvas, start, heading, length_um, curl(canvas, m, length_um, u(*bend, 1, 1), 0.35), step_px=1.3)
+    bends = curl(canvas, m, length_um, u(*bend, 1, 1), 0.35)
+    points = walk(canvas, start, heading, length_um, bends, step_px=1.3)
     fade = round_ends(points.shape[-1], length_um, length_um / 2, canvas.device)
     weight = bright * canvas.brightness(0.6, m, 1) * fade * ragged(canvas, points.shape[1:], 0.9)
     paint_points(canvas, points, weight * (length_um / (points.shape[-1] - 1)), take_ids(canvas, m))
@@ -97,14 +100,14 @@ def paint_bundles(
     bend: float = 0.25,     # 1/um
     fan: float = 0.6,       # how far strands part at one end
 ):
-    "Thick fibres: strands side by side that share a course, start and stop at their own places, and part at an end."
+    "Thick fibres: strands that share a course, start and stop at their own places, and part at an end."
     u, m = canvas.uniform, heading.shape[1]
     course = walk(canvas, start, heading, length_um, curl(canvas, m, length_um, bend, 0.7), step_px=1.3)
     s = course.shape[-1]
     place = torch.linspace(0, 1, s, device=canvas.device)
     apart = canvas.normal(m, strands, 1) * width_um[..., None]
     drift = canvas.normal(m, strands, 1) * width_um[..., None] * fan
-    lines = shift_curves(course, apart + drift * (place - 0.3) * 2)                                   # (2, n, m, q, s)
+    lines = shift_curves(course, apart + drift * (place - 0.3) * 2)  # (2, n, m, q, s)
     begin, end = u(0.0, 0.35, m, strands, 1), u(0.65, 1.0, m, strands, 1)
     cover = soft_step((place - begin) * length_um, 0.4) * soft_step((end - place) * length_um, 0.4)
     weight = bright[..., None] * canvas.brightness(0.4, m, strands, 1) * cover
@@ -114,35 +117,38 @@ def paint_bundles(
 # %% ../../nbs/lib/data/45_cytoskeleton.ipynb #786c18c4
 def paint_factin(
     canvas: Canvas,
-    fibres: float = 0.0,        # 0: mesh, knots, spikes (COS-7); 1: parallel stress fibres in a whole cell (BPAE)
+    fibres: float = 0.0,        # 0: mesh, knots, spikes (COS-7); 1: parallel stress fibres (BPAE)
 ):
-    "A fine mesh around bright knots, and groups of thick bundles that end in the field; or parallel stress fibres."
+    "A fine mesh around bright knots and groups of thick bundles; or parallel stress fibres."
     u, field = canvas.uniform, canvas.field_um
     outline = draw_outline(canvas, slender=(1.0, 1.0 + 1.5 * fibres), wobble=0.12 + 0.1 * fibres, edge=0.25)
     k = max(1, round(field**2 * 0.12)) if not fibres else 0
     nodes, mesh = scatter_anchors(canvas, k, 0.3), u(0.1, 0.5, 1, 1)
     common = u(0, 2 * math.pi, 1)
-    paint_mesh(canvas, nodes, 20.0 - 8 * fibres, min(2.2 + 3 * fibres, field), mesh, (0.4 - 0.3 * fibres, 1.3 - fibres), common)
+    paint_mesh(canvas, nodes, 20.0 - 8 * fibres, min(2.2 + 3 * fibres, field), mesh,
+               (0.4 - 0.3 * fibres, 1.3 - fibres), common)
     length = min(4.0 + 10 * fibres, (1.2 + 0.5 * fibres) * field)
     groups = max(1, count_curves(canvas, 0.6 + 1.6 * fibres, length, 0.3 * length) // 3)
     start = scatter_anchors(canvas, groups, 0.3 * length)
     heading = common + canvas.normal(groups) * (0.8 - 0.65 * fibres)
     heading = heading + math.pi / 2 * canvas.chance(0.3 * (1 - fibres), groups)
-    strong = canvas.brightness(0.5, groups, 1) * canvas.chance(u(0.15 + 0.5 * fibres, 1.0, 1, 1), groups, 1) * u(0.3, 1.6, 1, 1)
+    present = canvas.chance(u(0.15 + 0.5 * fibres, 1.0, 1, 1), groups, 1)
+    strong = canvas.brightness(0.5, groups, 1) * present * u(0.3, 1.6, 1, 1)
     across = torch.stack([heading.cos(), -heading.sin()])
-    for _ in range(3):                                                       # a group: three bundles, nearly parallel
+    for _ in range(3):  # a group: three bundles, nearly parallel
         beside = canvas.normal(groups) * (0.35 + 0.5 * fibres)
         along = canvas.normal(groups) * 0.5
         place = start + across * beside + torch.stack([heading.sin(), heading.cos()]) * along
         bright = strong * canvas.brightness(0.4, groups, 1) * canvas.chance(0.75, groups, 1)
-        paint_bundles(canvas, place, heading + canvas.normal(groups) * 0.12, length, u(0.02, 0.11, groups, 1), bright,
-                      strands=5, bend=0.3 * (1 - 0.7 * fibres))
-    if k:                                                                    # knots where the mesh converges
+        paint_bundles(canvas, place, heading + canvas.normal(groups) * 0.12, length,
+                      u(0.02, 0.11, groups, 1), bright, strands=5, bend=0.3 * (1 - 0.7 * fibres))
+    if k:  # knots where the mesh converges
         blob, knots = 90, torch.cat([nodes, start], -1)
         power = torch.cat([(mesh * 0.7).expand(-1, k, 1), 0.35 * strong], 1)
         count, turn = knots.shape[-1], u(0, math.pi, knots.shape[-1], 1)
         a, b = canvas.normal(2, count, blob).movedim(1, 0) * u(0.05, 0.16, count, 1)
-        place = knots[..., None] + torch.stack([a * turn.sin() + 0.4 * b * turn.cos(), a * turn.cos() - 0.4 * b * turn.sin()])
+        oval = torch.stack([a * turn.sin() + 0.4 * b * turn.cos(), a * turn.cos() - 0.4 * b * turn.sin()])
+        place = knots[..., None] + oval
         power = power * canvas.brightness(0.6, count, 1) * canvas.chance(0.6, count, 1) / blob
         paint_points(canvas, place, power * u(0, 2, count, blob))
     patches = torch.exp(0.35 * smooth_noise(canvas, 1.6, octaves=2)[:, 0])

@@ -33,7 +33,7 @@ def walk(
     anchor: float = 0.5,    # where on the curve the anchor lies: 0 its beginning, 0.5 its middle
     step_px: float = 1.0,   # distance between points in pixels; one is enough for a blurred line
 ):                          # (2, n, m, s) points, um
-    "Curves whose curvature is interpolated from a few numbers; bends are summed on a four times coarser string."
+    "Curves whose curvature is interpolated from a few numbers; summed on a four times coarser string."
     s = max(2, math.ceil(length_um / (step_px * canvas.pixel_um)) + 1)
     coarse = max(2, math.ceil(s / 4)) + 1
     step = length_um / (coarse - 1)
@@ -123,7 +123,7 @@ def paint_tubes(
     hollow,                     # (n, 1, 1) or (n, m, 1): 0 filled, 1 membrane only
     widest_um: float,           # largest radius, um: fixes how many strands are laid
     ids=None,                   # (n, m)
-    section: float = 0.5,       # 0.5: the whole membrane seen from above; 1: more of its rim, as in an optical section
+    section: float = 0.5,       # 0.5: the membrane seen from above; 1: more of its rim
 ):
     "Tubes as strands side by side, with the profile of a filled or a hollow cylinder."
     q = max(3, math.ceil(2 * widest_um / canvas.pixel_um))

@@ -21,13 +21,13 @@ def paint_er(
     spacing_um: tuple[float, float] = (0.5, 1.1),       # range of the polygons' size
     width_um: tuple[float, float] = (0.06, 0.1),        # range of the tubules' width (FWHM)
 ):
-    "Tubules around polygons with three-way junctions; sheets and tighter polygons in places; the cell ends somewhere."
+    "Tubules around polygons with three-way junctions; sheets and tighter polygons in places."
     u, half = canvas.uniform, lambda low, high: canvas.uniform(low, high)[:, None, None]
     spacing, width = u(*spacing_um), half(*width_um) / 1.665
     outline = draw_outline(canvas, edge=0.3)
     extent = canvas.field_um / spacing_um[0] * 2 + 8
     y, x = warp_lattice(canvas, spacing, bends=((2.5, 0.38), (0.8, 0.14), (0.3, 0.03)), stretch=0.22)
-    tight = soft_step(smooth_noise(canvas, 2.5)[:, 0] - half(0.3, 2.0), 0.6)             # parts with smaller polygons
+    tight = soft_step(smooth_noise(canvas, 2.5)[:, 0] - half(0.3, 2.0), 0.6)  # parts with smaller polygons
     total, labels = 0, None
     for level, (scale, share) in enumerate(((1.0, 1.0), (1.8, tight))):
         net = draw_polygons(canvas, y * scale, x * scale, jitter=0.95, extent=extent * scale)
@@ -65,7 +65,7 @@ def paint_ccps(
     crowd = sample_at(canvas, torch.sigmoid(1.5 * smooth_noise(canvas, 1.5)[:, 0]), sites)
     keep = canvas.chance(u(0.15, 0.95, 1) * crowd * 1.6, m)
     keep = (keep * (sample_at(canvas, outline.depth, sites) > 0)).scatter(1, one, 1.0)
-    third = m // 3                                                       # a third has up to three neighbours that touch
+    third = m // 3  # these have up to three neighbours that touch
     q = 3 * third
     angle = u(0, 2 * math.pi, q)
     beside = sites[..., :third].repeat(1, 1, 3) + torch.stack([angle.sin(), angle.cos()]) * u(0.18, 0.36, q)
@@ -80,7 +80,8 @@ def paint_ccps(
     flat = u(0.75, 1.0, m + q, 1)                                        # seen a little from the side
     ry, rx = size[..., None] / 2 * phase.sin(), size[..., None] / 2 * phase.cos() * flat
     ring = torch.stack([ry * tilt.cos() + rx * tilt.sin(), rx * tilt.cos() - ry * tilt.sin()])
-    uneven = (1 + u(0.0, 0.9, m + q, 1) * (phase - u(0, 2 * math.pi, m + q, 1)).cos()) * u(0.5, 1.5, m + q, around)
+    uneven = 1 + u(0.0, 0.9, m + q, 1) * (phase - u(0, 2 * math.pi, m + q, 1)).cos()
+    uneven = uneven * u(0.5, 1.5, m + q, around)
     bright = canvas.brightness(0.45, m + q) * keep * (size / middle).clamp_min(0.35)
     weight = bright[..., None] * uneven / around
     paint_points(canvas, places[..., None] + ring, weight, take_ids(canvas, m + q))
@@ -115,8 +116,9 @@ def paint_mitochondria(
     cut = torch.maximum(cut, canvas.chance(0.3, m, 1) * 0.46) * length               # short, round ones
     style, wide = (canvas.chance(0.4, 1) * u(0.4, 1.0, 1))[..., None], u(*radius_um, 1)
     fill_tubes(canvas, tubes, length, cut, wide, here, style, radius_um[1] * 1.35)
-    fill_tubes(canvas, twigs, length / 2, u(0.0, 0.5, q, 1) * length / 2, wide, here[:, :q] * (cut[:, :q, 0] < 0.3 * length),
-               style, radius_um[1] * 1.35, from_start=True)
+    here = here[:, :q] * (cut[:, :q, 0] < 0.3 * length)
+    fill_tubes(canvas, twigs, length / 2, u(0.0, 0.5, q, 1) * length / 2, wide, here, style,
+               radius_um[1] * 1.35, from_start=True)
     paint_haze(canvas, u(0, 1.0) ** 2 * 1.2, outline.depth)
 
 # %% ../../nbs/lib/data/46_organelles.ipynb #8d4a21ba
@@ -152,7 +154,8 @@ def paint_lysosomes(
     "Round vesicles, filled or with a bright membrane, crowded beside the nucleus."
     u = canvas.uniform
     outline = draw_outline(canvas, radius_um=(10.0, 18.0), slender=(1.0, 2.2), edge=0.2)
-    sites, one = pull_inside(canvas, lattice_sites(canvas, 1 / math.sqrt(density), jitter=1.0, margin_um=2 * radius_um[1]))
+    sites = lattice_sites(canvas, 1 / math.sqrt(density), jitter=1.0, margin_um=2 * radius_um[1])
+    sites, one = pull_inside(canvas, sites)
     m = sites.shape[-1]
     low, high = radius_um
     radius = (low * torch.exp(canvas.normal(m).abs() * u(0.3, 0.9, 1))).clamp(low, high)

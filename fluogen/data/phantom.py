@@ -28,9 +28,9 @@ class StructureSpec:
     prompts: tuple[str, ...]        # the first is the default
     pixel_um: float                 # default fine pixel
     description: str
-    paint: Callable = field(repr=False, compare=False)                              # paint(canvas, **options)
-    options: dict = field(default_factory=dict, repr=False, compare=False)          # prompt -> options of paint
-    pixels_um: dict = field(default_factory=dict, repr=False, compare=False)        # prompt -> its own fine pixel
+    paint: Callable = field(repr=False, compare=False)  # paint(canvas, **options)
+    options: dict = field(default_factory=dict, repr=False, compare=False)  # prompt -> options of paint
+    pixels_um: dict = field(default_factory=dict, repr=False, compare=False)  # prompt -> its own fine pixel
 
     def pixel_of(self, prompt: str | None = None) -> float:
         "The fine pixel in um for a prompt."
@@ -40,10 +40,12 @@ class StructureSpec:
 STRUCTURES: dict[str, StructureSpec] = {spec.name: spec for spec in (
     StructureSpec("microtubules", ("Microtubules of COS-7", "Microtubules of HeLa"), 0.0313,
                   "stiff filaments in crossing families", cytoskeleton.paint_microtubules,
-                  {"Microtubules of HeLa": dict(density=9.0, crossing=0.1, spread=0.12, edge=0.35, slender=(1.5, 3.0))},
+                  {"Microtubules of HeLa": dict(density=9.0, crossing=0.1, spread=0.12, edge=0.35,
+                                                slender=(1.5, 3.0))},
                   {"Microtubules of HeLa": 0.0626}),
     StructureSpec("factin", ("F-actin of COS-7", "F-actin of BPAE"), 0.0313,
-                  "fine mesh, knots and thick bundles; BPAE: parallel stress fibres", cytoskeleton.paint_factin,
+                  "fine mesh, knots and thick bundles; BPAE: parallel stress fibres",
+                  cytoskeleton.paint_factin,
                   {"F-actin of BPAE": dict(fibres=1.0)}, {"F-actin of BPAE": 0.0626}),
     StructureSpec("er", ("ER of COS-7",), 0.0313,
                   "tubules around polygons, sheets", organelles.paint_er),
@@ -56,7 +58,8 @@ STRUCTURES: dict[str, StructureSpec] = {spec.name: spec for spec in (
     StructureSpec("nuclei", ("Nucleus of BPAE", "DNA of U2OS", "Nuclei of PC-3"), 0.65,
                   "bent ellipses with chromatin", tissues.paint_nuclei,
                   {"DNA of U2OS": dict(radius_um=(6.0, 8.5), spacing=3.2, keep=(0.5, 1.0), texture=0.12),
-                   "Nuclei of PC-3": dict(radius_um=(5.0, 8.0), spacing=5.5, keep=(0.05, 0.5), texture=0.1, spread=0.5)},
+                   "Nuclei of PC-3": dict(radius_um=(5.0, 8.0), spacing=5.5, keep=(0.05, 0.5), texture=0.1,
+                                          spread=0.5)},
                   {"Nucleus of BPAE": 0.2}),
     StructureSpec("cytoplasm", ("ER of U2OS", "RNA of U2OS"), 0.65,
                   "neighbouring whole cells, stained throughout", tissues.paint_sheet,
@@ -110,8 +113,9 @@ def render(
     if generator is None:
         raise StructureError("no generator", where="generator", hint="Pass fluogen.core.make_generator(seed).")
     for name, value, least in (("n", n, 1), ("size_px", size_px, 8)):
-        if not isinstance(value, int) or value < least:
-            raise StructureError("not a sensible count", where=name, found=repr(value), expected=f"an integer >= {least}")
+        if not hasattr(value, "__index__") or value < least:
+            raise StructureError("not a sensible count", where=name, found=repr(value),
+                                 expected=f"an integer >= {least}")
     if not 1e-4 < pixel_um < 100:
         raise StructureError("not a sensible pixel", where="pixel_um", found=pixel_um, expected="micrometres")
     chunk = max(1, 2**(17 if generator.device.type == "cpu" else 24) // size_px**2)     # fits the cache

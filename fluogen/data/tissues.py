@@ -27,7 +27,8 @@ def paint_nuclei(
 ):
     "Bent ellipses with chromatin and nucleoli; some overlap, some are small and bright (condensed)."
     u, middle = canvas.uniform, sum(radius_um) / 2
-    sites, one = pull_inside(canvas, lattice_sites(canvas, spacing * middle, jitter=0.9, margin_um=1.5 * middle))
+    sites = lattice_sites(canvas, spacing * middle, jitter=0.9, margin_um=1.5 * middle)
+    sites, one = pull_inside(canvas, sites)
     m = sites.shape[-1]
     here = canvas.chance(u(*keep, 1), m).scatter_(1, one, 1.0)                        # never an empty field
     condensed = canvas.chance(0.04, m)
@@ -41,7 +42,7 @@ def paint_nuclei(
     across = across + bean * (along * along - 0.4)
     square = (1 + canvas.normal(m)[..., None, None] * 0.07 * along) * (along * along + across * across)
     height = (1 - square).clamp_min(0)
-    solid = height / (height + 0.10) * (0.75 + 0.35 * height)                         # flat top, steep sides
+    solid = height / (height + 0.10) * (0.75 + 0.35 * height)  # flat top, steep sides
     level = canvas.brightness(spread, m) * here * (1 + 1.2 * condensed)
     stamp.cover(solid * level[..., None, None])
     stamp.label((height > 0.02) & (here > 0)[..., None, None], take_ids(canvas, m))
@@ -62,12 +63,14 @@ def paint_nucleoli(
 ):
     "Dark spots in nuclei, one to three each."
     m = sites.shape[-1]
-    inside = (sites[:, :, :, None] + canvas.normal(2, m, count).movedim(1, 0) * 0.33 * size[..., None]).flatten(2)
+    off = canvas.normal(2, m, count).movedim(1, 0) * 0.33 * size[..., None]
+    inside = (sites[..., None] + off).flatten(2)
     radius = (size[..., None] * canvas.uniform(0.10, 0.24, m, count)).flatten(1)
     reach = min(3.0, 0.6 * canvas.field_um)
     stamp = Stamp(canvas, inside, reach)
     dark = torch.exp(-(stamp.dy**2 + stamp.dx**2) / radius[..., None, None]**2)
-    dark = dark * (canvas.chance(0.6, m, count).flatten(1) * here.repeat_interleave(count, 1))[..., None, None]
+    there = canvas.chance(0.6, m, count).flatten(1) * here.repeat_interleave(count, 1)
+    dark = dark * there[..., None, None]
     stamp.fade(dark * min(0.7, 1.8 * contrast))
 
 # %% ../../nbs/lib/data/48_tissues.ipynb #4d00d26a
@@ -83,16 +86,16 @@ def paint_sheet(
     net = draw_polygons(canvas, y, x, jitter=0.8, extent=canvas.field_um / spacing_um[0] * 2 + 10)
     dice = lambda: draw_per_cell(net, canvas.generator)                               # noqa: E731
     gap = smooth_noise(canvas, 90.0)[:, 0]
-    gap = mean_per_cell(net, gap - gap[:, middle:middle + 1, middle:middle + 1])      # the middle is never a gap
+    gap = mean_per_cell(net, gap - gap[:, middle:middle + 1, middle:middle + 1])  # the middle is never a gap
     full = half(0.3, 2.0)
     here, across_gap = ((look_up(gap, which) < full).float() for which in (net.cell, net.other))
     bright = torch.exp((dice() - 0.5) * 1.6) * here
     turn, long = dice() * math.pi, 1 + 0.5 * dice()
     along = (net.dy * turn.sin() + net.dx * turn.cos()) / long
     across = (net.dx * turn.sin() - net.dy * turn.cos()) * long
-    near = (along**2 + across**2).sqrt() / (0.2 + 0.08 * dice())                      # 1 at the nuclear envelope
+    near = (along**2 + across**2).sqrt() / (0.2 + 0.08 * dice())  # 1 at the nuclear envelope
     nucleus = soft_step((1 - near) * 5.0, 2.0)
-    floor = 0.4 * across_gap                                                          # cells thin out towards a gap
+    floor = 0.4 * across_gap  # cells thin out towards a gap
     body = floor + (1 - floor) * soft_step(net.border * spacing[:, None, None] - half(0.3, 1.5), 4.0)
     texture = 1 + 0.22 * smooth_noise(canvas, 3.0, octaves=2)[:, 0]
     if stain == "er":
@@ -101,9 +104,10 @@ def paint_sheet(
         level = 0.25 + (1.1 + 0.5 * lean) * torch.exp(-((near - 1.35) / 0.9)**2)
         level = level * (1 - 0.65 * nucleus)
     else:
-        spot = torch.exp(-((along - (dice() - 0.5) * 0.16)**2 + (across - (dice() - 0.5) * 0.16)**2) / 0.06**2)
-        other = torch.exp(-((along - (dice() - 0.5) * 0.2)**2 + (across - (dice() - 0.5) * 0.2)**2) / 0.045**2)
-        level = 0.1 + 0.9 * torch.exp(-(near / 1.9)**2) - 0.35 * nucleus + nucleus * (0.9 * spot + 0.6 * other)
+        level = 0.1 + 0.9 * torch.exp(-(near / 1.9)**2) - 0.35 * nucleus
+        for strength, size, reach in ((0.9, 0.06, 0.16), (0.6, 0.045, 0.2)):          # two nucleoli
+            away = (along - (dice() - 0.5) * reach)**2 + (across - (dice() - 0.5) * reach)**2
+            level = level + strength * nucleus * torch.exp(-away / size**2)
     image = bright * body * level.clamp_min(0) * texture.clamp_min(0.2)
     canvas.add_image(image + half(0.0, 0.06), count_labels(net, here > 0.5))
 
@@ -113,14 +117,14 @@ def paint_membranes(
     spacing_um: tuple[float, float] = (6.0, 12.0),
     width_um: tuple[float, float] = (0.4, 0.9),
 ):
-    "Walls between the cells of an embryo: uneven, brighter where three meet, with folds of tissue and empty spaces."
+    "Walls between the cells of an embryo: uneven, brighter where three meet; tissue ends in places."
     u, half = canvas.uniform, lambda low, high: canvas.uniform(low, high)[:, None, None]
     spacing, width = u(*spacing_um), half(*width_um) / 1.665
     y, x = warp_lattice(canvas, spacing, bends=((28.0, 4.0), (6.0, 1.0)), stretch=0.3)
     fold = smooth_noise(canvas, 45.0)[:, 0]                                           # < 0: no tissue
     fold = fold - fold[:, canvas.size_px // 2, canvas.size_px // 2, None, None] + half(0.15, 2.0)
     bright, labels = 0, None
-    for layer in range(2):                                                            # the second lies out of focus
+    for layer in range(2):  # the second lies out of focus
         net = draw_polygons(canvas, y + 11.3 * layer, x * (1 + 0.2 * layer), jitter=0.9,
                             extent=canvas.field_um / spacing_um[0] * 2.5 + 24)
         inside = (mean_per_cell(net, fold) > 0).float()
@@ -151,11 +155,13 @@ def paint_cocci(
     sites = lattice_sites(canvas, 2.0 * radius_um[1], jitter=0.3, margin_um=2 * radius_um[1])
     turn, shear = u(0, math.pi, 1), u(-0.4, 0.4, 1)
     y, x = sites - canvas.field_um / 2
-    y, x = y * (1 - shear * 0.3), x + shear * y                                       # groups are not on a grid
-    sites, one = pull_inside(canvas, torch.stack([y * turn.cos() - x * turn.sin(), y * turn.sin() + x * turn.cos()]))
-    group = sample_at(canvas, smooth_noise(canvas, 2.2)[:, 0], sites.clamp(0, canvas.field_um)).scatter(1, one, 9.0)
+    y, x = y * (1 - shear * 0.3), x + shear * y  # groups are not on a grid
+    y, x = y * turn.cos() - x * turn.sin(), y * turn.sin() + x * turn.cos()
+    sites, one = pull_inside(canvas, torch.stack([y, x]))
+    group = sample_at(canvas, smooth_noise(canvas, 2.2)[:, 0], sites.clamp(0, canvas.field_um))
+    group = group.scatter(1, one, 9.0)
     m = math.ceil(0.4 * sites.shape[-1])
-    group, best = group.topk(m, dim=1)                                                # the rest is never drawn
+    group, best = group.topk(m, dim=1)  # the rest is never drawn
     sites = sites.gather(2, best.expand(2, -1, -1))
     here = ((group > u(-0.4, 1.2, 1)) & (canvas.chance(0.85, m) > 0) | (group > 8)).float()
     size = (u(*radius_um, m))[..., None, None]
@@ -188,11 +194,11 @@ def paint_rods(
     radius_um: tuple[float, float] = (0.38, 0.5),
     length_um: tuple[float, float] = (1.8, 4.5),
 ):
-    "Rods with round ends, side by side in places; membrane or cytosol stained; long ones divide in the middle."
+    "Rods with round ends, side by side in places, membrane or cytosol stained; long ones divide."
     u = canvas.uniform
     low, high = length_um
-    apart, order = u(2.2, 5.0, 1) * radius_um[1], u(0, 0.35, 1)                       # loose or dense, aligned or not
-    m = math.ceil(1.5 * canvas.field_um / 4.0) + 1, math.ceil(1.5 * canvas.field_um / (2.2 * radius_um[1])) + 1
+    apart, order = u(2.2, 5.0, 1) * radius_um[1], u(0, 0.35, 1)  # loose or dense, aligned or not
+    m = [math.ceil(1.5 * canvas.field_um / room) + 1 for room in (4.0, 2.2 * radius_um[1])]
     row, column = torch.meshgrid(*(torch.arange(k, device=canvas.device) - k / 2 for k in m), indexing="ij")
     m = m[0] * m[1]
     far = (row.reshape(1, m) + column.reshape(1, m) * 0.37 % 1 + canvas.normal(m) * 0.12) * (high + 0.4)
@@ -203,17 +209,19 @@ def paint_rods(
     group = sample_at(canvas, smooth_noise(canvas, 4.0)[:, 0], sites)
     group = group - 9.0 * ((sites - canvas.field_um / 2).abs().amax(0) > canvas.field_um / 2 + 0.4 * high)
     m = math.ceil(0.5 * m)
-    group, best = group.scatter(1, one, 9.0).topk(m, dim=1)                           # the rest is never drawn
+    group, best = group.scatter(1, one, 9.0).topk(m, dim=1)  # the rest is never drawn
     sites = sites.gather(2, best.expand(2, -1, -1))
     lean = turn + canvas.normal(m) * order
-    here = ((group > u(-1.0, 1.0, 1)) & (canvas.chance(u(0.5, 1.0, 1), m) > 0) | (group > 8)).float()[..., None]
+    here = (group > u(-1.0, 1.0, 1)) & (canvas.chance(u(0.5, 1.0, 1), m) > 0) | (group > 8)
+    here = here.float()[..., None]
     points = walk(canvas, sites, lean, high, curl(canvas, m, high, 0.06, 1.5), step_px=0.9)
     s = points.shape[-1]
     place = torch.linspace(-high / 2, high / 2, s, device=canvas.device)
     half = u(low / 2, high / 2, m, 1)
     tube = u(*radius_um, 1, 1) * torch.exp(canvas.normal(m, 1) * 0.05)
     cap = ((half - place.abs()) / tube).clamp(0, 1)
-    pinch = 1 - 0.55 * torch.exp(-(place / 0.16)**2) * ((half - 1.5) * 2).clamp(0, 1) * canvas.chance(0.6, m, 1)
+    pinch = ((half - 1.5) * 2).clamp(0, 1) * canvas.chance(0.6, m, 1)
+    pinch = 1 - 0.55 * pinch * torch.exp(-(place / 0.16)**2)
     radius = tube * (cap * (2 - cap)).sqrt() * pinch
     bright = canvas.brightness(0.3, m, 1) * here
     style = canvas.chance(0.6, 1, 1) * u(0.6, 1.0, 1, 1)
