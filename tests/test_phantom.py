@@ -223,7 +223,7 @@ def test_noise_outline_and_sites():
 
 
 def test_fast_enough_to_train_from():
-    "Measured alone: 0.5 to 4.5 ms an image on one core; the bound is loose because machines are busy."
+    "Measured: 0.7 to 5 ms an image on one busy core; the bound is loose because machines differ."
     for name in STRUCTURES:
         render(name, 4, 128, generator=make_generator(0))
         start = time.process_time()
