@@ -67,7 +67,8 @@ def train_sr(
         raise RecipeError("unknown adaptation", where="recipe", found=adaptation, expected="direct or control")
     device, weights = choose_device(device), load_weights(base)
     crops = crops or (32 if device.type == "cpu" else 256)
-    fitter = DirectFitter(weights) if adaptation == "direct" else ControlFitter(weights, frozen=frozen, prompt_dropout=0.2)
+    fitter = (DirectFitter(weights, prompt_dropout=0.2) if adaptation == "direct"
+              else ControlFitter(weights, frozen=frozen, prompt_dropout=0.2))
     settings = TrainConfig(steps=steps, minutes=minutes, lr=lr, warmup=100, ema_decay=0.999, precision="bf16", channels_last=True,
                            seed=seed, device=device.type if device.type == "cpu" else "auto")
     rounds = Rounds(simulate_pairs, derive_seed(seed, "sr"), device=device)
