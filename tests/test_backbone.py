@@ -12,9 +12,11 @@ from fluogen.diffusion.shape import BackboneConfig, NetworkConfigError, NetworkI
 SHAPES = {
     "tiny": BackboneConfig.tiny(),
     "unshuffled": BackboneConfig.tiny(stem="unshuffle2"),
-    "deep": BackboneConfig(channels=(8, 8, 16, 24), blocks_per_level=2, attention_levels=(1, 3), head_dim=4, groups=4,
+    "deep": BackboneConfig(channels=(8, 8, 16, 24), blocks_per_level=2, attention_levels=(1, 3), head_dim=4,
+                           groups=4,
                            time_width=6, prompt_width=5, stem="conv", in_channels=2, out_channels=3),
-    "uneven attention": BackboneConfig.tiny(channels=(8, 8, 8), attention_levels=(), up_attention_levels=(0, 2)),
+    "uneven attention": BackboneConfig.tiny(channels=(8, 8, 8), attention_levels=(),
+                                            up_attention_levels=(0, 2)),
     "one level, no prompt": BackboneConfig.tiny(channels=(8,), attention_levels=(), prompt_width=0),
     "no attention": BackboneConfig.tiny(attention_levels=(), mid_attention=False, head_dim=7),
     "other bottom": BackboneConfig.tiny(mid_head_dim=1, mid_groups=16),
@@ -51,7 +53,8 @@ def test_paper_has_the_published_size():
     prompt = net.encoder.embedding.prompt
     assert [tuple(p.shape) for p in prompt.parameters()] == [(512, 59136), (512,), (512, 512), (512,)]
     assert count(prompt) == 30_540_800
-    assert [tuple(p.shape) for p in net.encoder.embedding.time.parameters()] == [(512, 128), (512,), (512, 512), (512,)]
+    time = net.encoder.embedding.time
+    assert [tuple(p.shape) for p in time.parameters()] == [(512, 128), (512,), (512, 512), (512,)]
 
 
 def test_paper_attends_only_at_32_and_at_the_bottom():
@@ -62,15 +65,17 @@ def test_paper_attends_only_at_32_and_at_the_bottom():
         seen = {}
         for name in places:
             net.get_submodule(name).register_forward_hook(
-                lambda m, args, out, name=name: seen.update({name: (out.shape[1] // m.head_dim, *out.shape[2:])}))
+                lambda m, _, out, name=name: seen.update({name: (out.shape[1] // m.head_dim, *out.shape[2:])}))
         out = net(picture, torch.zeros(1), torch.empty(1, 77, 768))
     assert out.shape == picture.shape
-    assert sorted(places) == sorted(["encoder.mid_attention", *[f"encoder.down.4.attention.{i}" for i in range(2)],
+    assert sorted(places) == sorted(["encoder.mid_attention",
+                                     *[f"encoder.down.4.attention.{i}" for i in range(2)],
                                      *[f"up.1.attention.{i}" for i in range(3)]])
     assert seen.pop("encoder.mid_attention") == (64, 16, 16)
     assert set(seen.values()) == {(64, 32, 32)} and len(seen) == 5
     assert len(net.encoder.down) == len(net.up) == 6
-    assert {len(level.blocks) for level in net.encoder.down} == {2} and {len(level.blocks) for level in net.up} == {3}
+    assert {len(level.blocks) for level in net.encoder.down} == {2}
+    assert {len(level.blocks) for level in net.up} == {3}
     assert len(net.config.skip_channels) == 18
 
 
@@ -116,11 +121,13 @@ def test_other_inputs_are_refused_in_one_line():
 
 
 @pytest.mark.parametrize("change, field", [
-    (dict(channels=()), "channels"), (dict(channels=(8, 12)), "head_dim"), (dict(channels=(8, 18)), "channels"),
+    (dict(channels=()), "channels"), (dict(channels=(8, 12)), "head_dim"),
+    (dict(channels=(8, 18)), "channels"),
     (dict(channels=(8, 16.0)), "channels"), (dict(attention_levels=(2,)), "attention_levels"),
     (dict(up_attention_levels=(-1,)), "up_attention_levels"), (dict(head_dim=0), "head_dim"),
     (dict(mid_head_dim=5), "head_dim"), (dict(mid_groups=5), "groups"), (dict(time_width=7), "time_width"),
-    (dict(prompt_width=-1), "prompt_width"), (dict(stem="patch"), "stem"), (dict(blocks_per_level=True), "blocks"),
+    (dict(prompt_width=-1), "prompt_width"), (dict(stem="patch"), "stem"),
+    (dict(blocks_per_level=True), "blocks"),
     (dict(norm_eps=0), "norm_eps"), (dict(in_channels=0), "in_channels"),
 ])
 def test_impossible_shapes_are_refused(change, field):
@@ -216,14 +223,16 @@ def test_forms_of_time_and_prompt_agree():
 
 
 def test_a_network_without_prompts_ignores_them():
-    net, (sample, times, _) = shake(Backbone(SHAPES["one level, no prompt"])), make_inputs(SHAPES["one level, no prompt"])
+    config = SHAPES["one level, no prompt"]
+    net, (sample, times, _) = shake(Backbone(config)), make_inputs(config)
     with torch.no_grad():
         assert torch.equal(net(sample, times), net(sample, times, torch.randn(2, 77, 8)))
 
 
 def test_unshuffling_is_the_same_as_a_network_on_four_channels():
     folded = BackboneConfig.tiny(stem="unshuffle2")
-    net, plain = shake(Backbone(folded)), Backbone(replace(folded, stem="conv", in_channels=4, out_channels=4))
+    net = shake(Backbone(folded))
+    plain = Backbone(replace(folded, stem="conv", in_channels=4, out_channels=4))
     plain.load_state_dict(net.state_dict())
     sample, times, prompts = make_inputs(folded)
     with torch.no_grad():
@@ -241,7 +250,8 @@ def test_residuals_are_added_to_skips_and_bottom():
         for k in range(len(made.skips) + 1):
             some = [*nothing[0], nothing[1]]
             some[k] = torch.ones_like(some[k])
-            assert not torch.allclose(net(sample, times, prompts, residuals=(tuple(some[:-1]), some[-1])), plain)
+            steered = net(sample, times, prompts, residuals=(tuple(some[:-1]), some[-1]))
+            assert not torch.allclose(steered, plain)
         with pytest.raises(ValueError):
             net(sample, times, prompts, residuals=(nothing[0][:-1], nothing[1]))
 
@@ -250,7 +260,8 @@ def test_other_memory_and_number_formats():
     net, (sample, times, prompts) = shake(Backbone(SHAPES["tiny"])), make_inputs(SHAPES["tiny"])
     with torch.no_grad():
         out = net(sample, times, prompts)
-        last = net.to(memory_format=torch.channels_last)(sample.to(memory_format=torch.channels_last), times, prompts)
+        net = net.to(memory_format=torch.channels_last)
+        last = net(sample.to(memory_format=torch.channels_last), times, prompts)
         torch.testing.assert_close(last, out, atol=1e-5, rtol=1e-4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rough = net(sample, times, prompts)

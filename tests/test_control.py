@@ -10,13 +10,14 @@ from fluogen.diffusion.control import ControlBranch, ControlConfig
 from fluogen.diffusion.shape import BackboneConfig, NetworkConfigError, NetworkInputError
 
 TINY, FOLDED = BackboneConfig.tiny(), BackboneConfig.tiny(stem="unshuffle2")
-LAYOUTS = {                                     # name: (config, height and width of the condition for 16 x 24)
+LAYOUTS = {                         # name: (config, height and width of the condition for 16 x 24)
     "camera grid, unshuffled": (ControlConfig.from_backbone(FOLDED), (8, 12)),
     "camera grid, plain": (ControlConfig.tiny(), (8, 12)),
     "mask, unshuffled": (ControlConfig.from_backbone(FOLDED, scale=1, condition_channels=3), (16, 24)),
     "mask, plain": (ControlConfig.tiny(scale=1), (16, 24)),
     "x4, unshuffled": (ControlConfig.from_backbone(FOLDED, scale=4), (4, 6)),
-    "nine frames, any size": (ControlConfig.tiny(scale=None, condition_channels=9, widths=(4, 6, 8)), (9, 31)),
+    "nine frames, any size": (ControlConfig.tiny(scale=None, condition_channels=9, widths=(4, 6, 8)),
+                              (9, 31)),
     "any size, unshuffled": (ControlConfig.from_backbone(FOLDED, scale=None), (17, 5)),
 }
 
@@ -45,7 +46,8 @@ def test_step_zero_is_the_backbone_bit_for_bit(name):
     sample, times, prompts, condition = make_inputs(config, size)
     with torch.no_grad():
         residuals = control(sample, times, prompts, condition)
-        assert torch.equal(backbone(sample, times, prompts, residuals=residuals), backbone(sample, times, prompts))
+        assert torch.equal(backbone(sample, times, prompts, residuals=residuals),
+                           backbone(sample, times, prompts))
     assert tuple(s.shape[1] for s in residuals.skips) == config.backbone.skip_channels
 
 
@@ -58,7 +60,8 @@ def test_paper_branch_has_18_and_1_residuals_and_the_published_size():
     sides = [512] * 3 + [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3 + [16] * 3
     assert [s.shape[2] for s in residuals.skips] == sides
     assert round(sum(p.numel() for p in branch.parameters()) / 1e6, 1) == 75.9
-    assert [tuple(c.weight.shape[:2]) for c in (branch.condition.first, *branch.condition.blocks, branch.condition.last)] \
+    convolutions = branch.condition.first, *branch.condition.blocks, branch.condition.last
+    assert [tuple(c.weight.shape[:2]) for c in convolutions] \
         == [(16, 9), (16, 16), (32, 16), (32, 32), (96, 32), (96, 96), (256, 96), (128, 256)]
 
 
@@ -77,7 +80,8 @@ def test_copy_is_a_copy():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradients_reach_the_whole_branch(name):
     config, size = LAYOUTS[name]
-    backbone, control = shake(Backbone(config.backbone)).requires_grad_(False), shake(ControlBranch(config), 3)
+    backbone = shake(Backbone(config.backbone)).requires_grad_(False)
+    control = shake(ControlBranch(config), 3)
     sample, times, prompts, condition = make_inputs(config, size)
     condition.requires_grad_()
     out = backbone(sample, times, prompts, residuals=control(sample, times, prompts, condition))
@@ -112,7 +116,8 @@ def test_cached_embeddings_are_bit_exact(name):
         plain = control(sample, times, prompts, condition)
         cached = control(sample, times, prompt_embedding=control.encode_prompt(prompts),
                          condition_embedding=control.encode_condition(condition, sample.shape[-2:]))
-    assert all(torch.equal(a, b) for a, b in zip((*plain.skips, plain.mid), (*cached.skips, cached.mid), strict=True))
+    pairs = zip((*plain.skips, plain.mid), (*cached.skips, cached.mid), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_scale_is_the_strength():
@@ -127,29 +132,34 @@ def test_scale_is_the_strength():
 
 def test_condition_is_placed_on_the_stem_grid():
     ramp = torch.linspace(0, 1, 8).expand(1, 1, 6, 8)
+    bilinear = F.interpolate(ramp, scale_factor=2.0, mode="bilinear")
     for config, wanted in [
-        (ControlConfig.from_backbone(FOLDED), ramp),                                         # camera grid = stem grid
-        (ControlConfig.tiny(), F.interpolate(ramp, scale_factor=2.0, mode="bilinear")),
-        (ControlConfig.tiny(scale=1), ramp), (ControlConfig.from_backbone(FOLDED, scale=1), F.pixel_unshuffle(ramp, 2)),
-        (ControlConfig.from_backbone(FOLDED, scale=4), F.interpolate(ramp, scale_factor=2.0, mode="bilinear")),
+        (ControlConfig.from_backbone(FOLDED), ramp),                                # camera grid = stem grid
+        (ControlConfig.tiny(), bilinear),
+        (ControlConfig.tiny(scale=1), ramp),
+        (ControlConfig.from_backbone(FOLDED, scale=1), F.pixel_unshuffle(ramp, 2)),
+        (ControlConfig.from_backbone(FOLDED, scale=4), bilinear),
         (ControlConfig.tiny(scale=None), ramp),
     ]:
         torch.testing.assert_close(ControlBranch(config).condition.place(ramp), wanted)
     anywhere = ControlBranch(ControlConfig.tiny(scale=None)).condition
     assert anywhere.place(ramp, (16, 24)).shape == (1, 1, 16, 24)
-    torch.testing.assert_close(anywhere.place(torch.full((1, 1, 5, 9), 0.3), (16, 24)), torch.full((1, 1, 16, 24), 0.3))
+    torch.testing.assert_close(anywhere.place(torch.full((1, 1, 5, 9), 0.3), (16, 24)),
+                               torch.full((1, 1, 16, 24), 0.3))
 
 
 def test_wrong_inputs_are_refused_in_one_line():
     control = ControlBranch(ControlConfig.tiny())
     sample, times, prompts, condition = make_inputs(control.config, (8, 12))
     for change, words in [
-        (dict(condition=condition.repeat(1, 2, 1, 1)), r"expected \(B, 1, h, w\)"), (dict(condition=condition[0]), "condition"),
-        (dict(condition=sample), "do not fit"), (dict(condition=None), "nothing to steer by"),
+        (dict(condition=condition.repeat(1, 2, 1, 1)), r"expected \(B, 1, h, w\)"),
+        (dict(condition=condition[0]), "condition"),
+        (dict(condition=sample), "do not fit"), (dict(condition=None), r"expected \(B, 1, h, w\)"),
         (dict(sample=sample[..., :17]), "multiples of 2"), (dict(prompt_states=None), "wrong prompt"),
     ]:
         with pytest.raises(NetworkInputError, match=words) as error:
-            control(**{**dict(sample=sample, timestep=times, prompt_states=prompts, condition=condition), **change})
+            control(**{**dict(sample=sample, timestep=times, prompt_states=prompts, condition=condition),
+                       **change})
         assert "\n" not in str(error.value)
 
 
@@ -165,7 +175,8 @@ def test_branch_of_another_backbone_is_refused():
         ControlBranch.from_backbone(Backbone(FOLDED), ControlConfig.tiny())
 
 
-@pytest.mark.parametrize("config", [*(c for c, _ in LAYOUTS.values()), ControlConfig.paper(1), ControlConfig()])
+@pytest.mark.parametrize("config", [*(c for c, _ in LAYOUTS.values()), ControlConfig.paper(1),
+                                    ControlConfig()])
 def test_config_survives_json(config):
     assert ControlConfig.from_json(config.to_json()) == config == ControlConfig.from_dict(config.to_dict())
     with pytest.raises(NetworkConfigError, match="unknown key"):

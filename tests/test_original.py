@@ -14,8 +14,8 @@ from fluogen.diffusion.schedule import Schedule, trailing_grid
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "original_checkpoint"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-needs_fixture = pytest.mark.skipif(not FIXTURE.is_dir(), reason="the checkpoint of the original code is not beside "
-                                   "the repository (../shared/fixtures/original_checkpoint)")
+needs_fixture = pytest.mark.skipif(
+    not FIXTURE.is_dir(), reason="no ../shared/fixtures/original_checkpoint beside the repository")
 
 
 # ---------------------------------------------------------------- against the original code
@@ -31,11 +31,12 @@ def test_networks_compute_what_the_original_computed(original):
     inputs = io["sample"], io["timestep"], io["prompt_states"]
     with torch.no_grad():
         residuals = models.control(*inputs, io["condition"])
-        found = {"unet_output": models.backbone(*inputs), "controlled_output": models.backbone(*inputs, residuals),
+        found = {"unet_output": models.backbone(*inputs),
+                 "controlled_output": models.backbone(*inputs, residuals),
                  "interval_output": torch.cat(models.intervals(*inputs, residuals=residuals), dim=1)}
     for name, value in found.items():
         assert value.shape == io[name].shape and float((value - io[name]).abs().max()) < 1e-4, name
-    assert float((io["unet_output"] - io["controlled_output"]).abs().max()) > 0.1       # the branch did something
+    assert float((io["unet_output"] - io["controlled_output"]).abs().max()) > 0.1
 
 
 @needs_fixture
@@ -70,14 +71,15 @@ def test_bottom_heads_of_the_branch_have_one_channel(original):
 
 
 @needs_fixture
-@pytest.mark.parametrize("name, attribute", [("unet", "backbone"), ("controlnet", "control"), ("uncertainty", "intervals")])
+@pytest.mark.parametrize("name, attribute", [("unet", "backbone"), ("controlnet", "control"),
+                                             ("uncertainty", "intervals")])
 def test_one_folder_alone(name, attribute):
     models = import_original(FIXTURE / name)
     present = [a for a in ("backbone", "control", "intervals") if getattr(models, a) is not None]
     assert present == [attribute] and models.scheduler is None and models.schedule.objective == "v"
 
 
-# ---------------------------------------------------------------- other shapes, written here from the format's own rules
+# ---------------------------------------------------------------- other shapes, written from the format's rules
 
 def write_names(config):
     "Every tensor of the format with its shape, from the format's rules and not from our tables."
@@ -146,8 +148,9 @@ def write_names(config):
 def make_config(kind="UNet2DModel", channels=(8, 16), attention=(1,), up_attention=None, **changes):
     ups = attention if up_attention is None else up_attention
     config = {"_class_name": kind, "_diffusers_version": "0.30.0", "in_channels": 1, "out_channels": 1,
-              "block_out_channels": list(channels), "layers_per_block": 1, "norm_num_groups": 4, "norm_eps": 1e-5,
-              "attention_head_dim": 8, "add_attention": True, "use_prompt": True, "encoder_size": 24, "dropout": 0.0,
+              "block_out_channels": list(channels), "layers_per_block": 1, "norm_num_groups": 4,
+              "norm_eps": 1e-5, "dropout": 0.0, "attention_head_dim": 8, "add_attention": True,
+              "use_prompt": True, "encoder_size": 24,
               "down_block_types": [f"{'Attn' * (i in attention)}DownBlock2D" for i in range(len(channels))],
               "up_block_types": [f"{'Attn' * (i in ups)}UpBlock2D" for i in range(len(channels))][::-1]}
     if kind == "ControlNetModel":
@@ -157,7 +160,8 @@ def make_config(kind="UNet2DModel", channels=(8, 16), attention=(1,), up_attenti
 
 def write_network(folder, config, seed=0, **extra):
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in write_names(config).items()}
+    names = write_names(config)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in names.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors | extra, folder / WEIGHTS)
@@ -195,10 +199,12 @@ def test_other_shapes_load_whole(name, tmp_path):
     condition = torch.rand(2, 3, 11, 9, generator=generator)                    # resized to the sample's size
     with torch.no_grad():
         residuals = models.control(sample, torch.tensor([1, 900]), prompts, condition)
-        plain, steered = (models.backbone(sample, torch.tensor([1, 900]), prompts, r) for r in (None, residuals))
+        plain = models.backbone(sample, torch.tensor([1, 900]), prompts)
+        steered = models.backbone(sample, torch.tensor([1, 900]), prompts, residuals)
         three = models.intervals(sample, torch.tensor([1, 900]), prompts, residuals=residuals)
     assert plain.shape == steered.shape == three.lower.shape == three.prediction.shape == three.upper.shape
-    assert not torch.allclose(plain, steered, atol=1e-6) and not torch.allclose(three.lower, three.upper, atol=1e-6)
+    assert not torch.allclose(plain, steered, atol=1e-6)
+    assert not torch.allclose(three.lower, three.upper, atol=1e-6)
 
 
 def test_prediction_of_the_heads_is_the_backbone(tmp_path):
@@ -209,7 +215,8 @@ def test_prediction_of_the_heads_is_the_backbone(tmp_path):
     with torch.no_grad():
         three, one = models.intervals(sample, 10, prompts), models.intervals.backbone(sample, 10, prompts)
         features = models.intervals.backbone.features(sample, 10, prompts)
-        lower = torch.nn.functional.conv2d(features, tensors["lower.weight"], tensors["lower.bias"], padding=1)
+        lower = torch.nn.functional.conv2d(features, tensors["lower.weight"], tensors["lower.bias"],
+                                           padding=1)
     torch.testing.assert_close(three.prediction, one)
     torch.testing.assert_close(three[0], lower)
 
@@ -218,9 +225,11 @@ def test_half_precision_is_read_as_float32_and_outlives_the_file(tmp_path):
     tensors = write_network(tmp_path, make_config())
     models = import_original(tmp_path)
     half = {k: v.half() if "conv" in k else v.bfloat16() for k, v in tensors.items()}
-    save_file(half, tmp_path / WEIGHTS)                                         # over the file that was read
+    with open(tmp_path / WEIGHTS, "r+b") as file:                               # over the file that was read
+        file.write(b"\x7f" * (tmp_path / WEIGHTS).stat().st_size)
     state = {original_name(k): v for k, v in models.backbone.state_dict().items()}
     assert all(torch.equal(state[k], tensors[k]) for k in tensors)
+    save_file(half, tmp_path / WEIGHTS)
     state = {original_name(k): v for k, v in import_original(tmp_path).backbone.state_dict().items()}
     assert all(v.dtype == torch.float32 and torch.equal(v, half[k].float()) for k, v in state.items())
 
@@ -235,7 +244,8 @@ def test_scheduler_is_found_and_translated(tmp_path):
     write_network(tmp_path / "unet_ema", make_config(), seed=4)
     models = import_original(tmp_path)
     assert models.scheduler == told
-    assert (models.schedule.objective, models.schedule.zero_snr, models.schedule.beta_end) == ("eps", False, 0.01)
+    schedule = models.schedule
+    assert (schedule.objective, schedule.zero_snr, schedule.beta_end) == ("eps", False, 0.01)
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "squaredcos_cap_v2"}')
     with pytest.raises(OriginalError, match="unsupported scheduler"):
         import_original(tmp_path).schedule
@@ -250,13 +260,17 @@ def expect(words, folder):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(act_fn="gelu"), "act_fn: unsupported setting"), (dict(time_embedding_type="fourier"), "time_embedding_type"),
+    (dict(act_fn="gelu"), "act_fn: unsupported setting"),
+    (dict(time_embedding_type="fourier"), "time_embedding_type"),
     (dict(downsample_padding=0), "downsample_padding"), (dict(freq_shift=1), "freq_shift"),
     (dict(down_block_types=["DownBlock2D", "ResnetDownsampleBlock2D"]), "found ResnetDownsampleBlock2D"),
-    (dict(down_block_types=["DownBlock2D"]), "one block type for each level"), (dict(block_out_channels=None), "missing"),
+    (dict(down_block_types=["DownBlock2D"]), "one block type for each level"),
+    (dict(block_out_channels=None), "missing"),
     (dict(norm_num_groups=5), "multiples of groups = 5"), (dict(norm_num_groups=None), "groups"),
-    (dict(attention_head_dim=3), "head_dim"), (dict(encoder_size=25), "prompt_embedding.0.weight: wrong shape"),
-    (dict(use_prompt=False), "found prompt_embedding.0.bias"), (dict(layers_per_block="2"), "blocks_per_level"),
+    (dict(attention_head_dim=3), "head_dim"),
+    (dict(encoder_size=25), "prompt_embedding.0.weight: wrong shape"),
+    (dict(use_prompt=False), "found prompt_embedding.0.bias"),
+    (dict(layers_per_block="2"), "blocks_per_level"),
     (dict(layers_per_block=2), "tensor missing"), (dict(add_attention=False), "unknown tensor"),
 ])
 def test_configurations_that_do_not_fit(change, words, tmp_path):
@@ -276,8 +290,10 @@ def test_first_wrong_tensor_is_named(tmp_path):
     expect(r"conv_in.weight: wrong shape \(found \(8, 2, 3, 3\), expected \(8, 1, 3, 3\)\)", tmp_path)
 
 
-@pytest.mark.parametrize("bad, words", [(torch.tensor([float("nan")]), "NaN"), (torch.tensor([float("inf")]), "NaN or inf"),
-                                        (torch.tensor([1]), "found I64"), (torch.tensor([True]), "found BOOL")])
+@pytest.mark.parametrize("bad, words", [(torch.tensor([float("nan")]), "NaN"),
+                                        (torch.tensor([float("inf")]), "NaN or inf"),
+                                        (torch.tensor([1]), "found I64"),
+                                        (torch.tensor([True]), "found BOOL")])
 def test_bad_numbers_are_refused(bad, words, tmp_path):
     write_network(tmp_path, make_config(), **{"conv_out.bias": bad})
     expect(f"conv_out.bias: .*{words}", tmp_path)
@@ -286,7 +302,8 @@ def test_bad_numbers_are_refused(bad, words, tmp_path):
 def test_damaged_files_are_refused(tmp_path):
     write_network(tmp_path, make_config())
     whole = (tmp_path / WEIGHTS).read_bytes()
-    for damaged in (whole[:-1], whole + b"\0", whole[:200], whole[:4], b"", b"\xff" * 8 + whole[8:], b"{}" * 40):
+    for damaged in (whole[:-1], whole + b"\0", whole[:200], whole[:4], b"", b"\xff" * 8 + whole[8:],
+                    b"{}" * 40):
         (tmp_path / WEIGHTS).write_bytes(damaged)
         expect("not a complete safetensors file", tmp_path)
     (tmp_path / WEIGHTS).write_bytes(whole)

@@ -123,7 +123,7 @@ class Down(nn.Module):
             skips.append(x)
         return x, skips
 
-
+# %% ../../nbs/lib/diffusion/30_backbone.ipynb #5755c490
 class Up(nn.Module):
     "One level on the way up: blocks that each take a skip, attention where asked for, then twice the size."
     def __init__(self, n_in: int, n_skips: list, n_out: int, attention: bool, last: bool, c: BackboneConfig):
@@ -146,7 +146,7 @@ class Residuals(NamedTuple):
     skips: tuple        # in the order of `BackboneConfig.skip_channels`
     mid: torch.Tensor   # (B, channels[-1], h, w)
 
-
+# %% ../../nbs/lib/diffusion/30_backbone.ipynb #5d832676
 class Encoder(nn.Module):
     "The half of the network that both the backbone and a control branch have."
     def __init__(self, config: BackboneConfig):

@@ -70,11 +70,10 @@ class ConditionEncoder(nn.Module):
 
     def place(self, condition, size=None):
         "The condition on the grid of the stem."
-        c = self.config
-        if condition.ndim != 4 or condition.shape[1] != c.condition_channels:
+        c, shape = self.config, tuple(getattr(condition, "shape", ()))
+        if len(shape) != 4 or shape[1] != c.condition_channels:
             raise NetworkInputError("the branch does not take this condition", where="condition",
-                                    found=tuple(condition.shape),
-                                    expected=f"(B, {c.condition_channels}, h, w)")
+                                    found=shape or condition, expected=f"(B, {c.condition_channels}, h, w)")
         x = condition.to(self.first.weight.dtype)
         if c.scale is None and size is not None and tuple(x.shape[-2:]) != tuple(size):
             x = F.interpolate(x, size=tuple(size), mode="bilinear", antialias=True)
@@ -82,6 +81,14 @@ class ConditionEncoder(nn.Module):
             return F.pixel_unshuffle(x, self.fold)
         grow = (c.scale or 1) // c.backbone.stem_factor
         return F.interpolate(x, scale_factor=float(grow), mode="bilinear") if grow > 1 else x
+
+    def add(self, x, condition_embedding):                          # (B, channels[0], h, w), both
+        "The stem's output with the condition's share; another size is refused."
+        if condition_embedding.shape[-2:] != x.shape[-2:]:
+            raise NetworkInputError("condition and sample do not fit", where="condition",
+                                    found=f"stem grid {tuple(condition_embedding.shape[-2:])}",
+                                    expected=f"{tuple(x.shape[-2:])}, sample size / {self.config.scale or 1}")
+        return x + condition_embedding
 
 # %% ../../nbs/lib/diffusion/40_control.ipynb #02d73a9d
 class ControlBranch(nn.Module):
@@ -125,17 +132,10 @@ class ControlBranch(nn.Module):
         prompt_embedding=None,          # `encode_prompt(prompt_states)`, instead of prompt_states
     ) -> Residuals:
         "What to add to the backbone: `backbone(..., residuals=control(...))`."
-        x = self.encoder.open(sample)                                   # (B, channels[0], h, w)
         if condition_embedding is None:
-            if condition is None:
-                raise NetworkInputError("nothing to steer by", where="condition", found="None",
-                                        expected="condition or condition_embedding")
             condition_embedding = self.encode_condition(condition, sample.shape[-2:])
-        if condition_embedding.shape[-2:] != x.shape[-2:]:
-            raise NetworkInputError("condition and sample do not fit", where="condition",
-                                    found=f"stem grid {tuple(condition_embedding.shape[-2:])}",
-                                    expected=f"{tuple(x.shape[-2:])}, sample size / {self.config.scale or 1}")
+        x = self.condition.add(self.encoder.open(sample), condition_embedding)      # (B, channels[0], h, w)
         embedding = self.encoder.embedding(timestep, prompt_states, prompt_embedding)
-        skips, mid = self.encoder(x + condition_embedding, embedding)
+        skips, mid = self.encoder(x, embedding)
         return Residuals(tuple(z(s) * scale for z, s in zip(self.zero, skips, strict=True)),
                          self.zero_mid(mid) * scale)
