@@ -19,7 +19,8 @@ def make_seeds(folder: Path) -> dict[str, Path]:
     hyper = rng.poisson(300, (2, 3, 2, 24, 20)).astype(np.uint16)
     colour = rng.integers(0, 256, (32, 24, 3), dtype=np.uint8)
     tiff = {
-        "plain": (plane, {}), "big-endian": (plane, dict(byteorder=">")), "bigtiff": (plane, dict(bigtiff=True)),
+        "plain": (plane, {}), "big-endian": (plane, dict(byteorder=">")),
+        "bigtiff": (plane, dict(bigtiff=True)),
         "strips": (plane, dict(rowsperstrip=7)), "tiled": (plane, dict(tile=(16, 16))),
         "zlib": (plane, dict(compression="zlib", rowsperstrip=9)),
         "zlib-predictor": (plane, dict(compression="zlib", predictor=True)),
@@ -31,7 +32,8 @@ def make_seeds(folder: Path) -> dict[str, Path]:
         "shaped": (stack, dict(metadata={"axes": "ZYX"})),
         "channels": (stack, dict(metadata={"axes": "CYX"}, compression="zlib")),
         "rgb": (colour, dict(photometric="rgb")),
-        "planar": (np.ascontiguousarray(colour.transpose(2, 0, 1)), dict(photometric="rgb", planarconfig="separate")),
+        "planar": (np.ascontiguousarray(colour.transpose(2, 0, 1)),
+                   dict(photometric="rgb", planarconfig="separate")),
     }
     paths = {}
     for name, (array, how) in tiff.items():
@@ -40,9 +42,10 @@ def make_seeds(folder: Path) -> dict[str, Path]:
     for name in ("tiff_lzw", "packbits"):
         paths[name] = folder / f"{name}.tif"
         PILImage.fromarray(plane).save(paths[name], compression=name)
-    for name, array, axes in (("ours.tif", stack, "CYX"), ("ours.ome.tif", stack, "ZYX"), ("8.png", plane % 256, "YX"),
-                              ("16.png", plane, "YX"), ("rgb.png", colour, "YXS"), ("volume.mrc", stack, "ZYX"),
-                              ("stack.ome.zarr", stack, "ZYX")):
+    ours = (("ours.tif", stack, "CYX"), ("ours.ome.tif", stack, "ZYX"), ("8.png", plane % 256, "YX"),
+            ("16.png", plane, "YX"), ("rgb.png", colour, "YXS"), ("volume.mrc", stack, "ZYX"),
+            ("stack.ome.zarr", stack, "ZYX"))
+    for name, array, axes in ours:
         array = array.astype(np.uint8) if name == "8.png" else array
         paths[name] = write_image(folder / name, array, axes=axes, pixel_um={"Y": 0.0626, "X": 0.0626})
     return paths
@@ -113,8 +116,9 @@ def make_attacks() -> dict[str, bytes]:
         "100,000 pages": struct.pack("<2sHI", b"II", 42, 8) + chain,
         "a strip of 64 MB declared as 64 bytes": make_tiff(page_tags(8, 8, len(bomb), 8), bomb),
         "a million for one": make_tiff(page_tags(1000, 1000, 1, 8), b"x"),
-        "strips that overlap": make_tiff(page_tags(64, 8, 64) | {278: (4, 1, 8), 273: (4, 8, 8), 279: (4, 8, 8)},
-                                         struct.pack("<8I", *[64] * 8) + bytes(64)),
+        "strips that overlap": make_tiff(
+            page_tags(64, 8, 64) | {278: (4, 1, 8), 273: (4, 8, 8), 279: (4, 8, 8)},
+            struct.pack("<8I", *[64] * 8) + bytes(64)),
         "billion laughs": make_tiff(page_tags(8, 8, 64) | {270: (2, 90, 8)}, (
             b'<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "ha">]><OME>&a;</OME>').ljust(90)),
         "a PNG of 50,000 x 50,000": b"\x89PNG\r\n\x1a\n" + ihdr + idat + b"\0\0\0\0IEND\xae\x42\x60\x82",

@@ -56,12 +56,18 @@ class Page:
         return self.shape, self.dtype.str, self.axes
 
 # %% ../../nbs/lib/data/05_tiff_page.ipynb #9887791f
+def _lost_format(d: Directory, samples: int) -> bool:
+    "Is there an unknown tag, one byte away from SampleFormat (339 = 0x0153), that says signed or float?"
+    near = [c for c in d.tags if c == 338 and samples == 1 or 343 <= c < 512 or c & 255 == 83 and c != 339]
+    return any(d.tags[c][:2] == (3, samples) and set(d.integers(c, most=samples)) <= {2, 3} for c in near)
+
+
 def _read_dtype(d: Directory, samples: int) -> np.dtype:
     "The NumPy type of a page's numbers, in the file's byte order."
     bits = {int(n) for n in d.integers(258, 1, samples)}
     kinds = {int(n) for n in d.integers(339, 1, samples)}
-    if not d.sorted and 339 not in d.tags and bits != {8}:
-        raise d.file.error("the TIFF's tags are out of order and none gives the number type",
+    if 339 not in d.tags and (_lost_format(d, samples) or not d.sorted and bits != {8}):
+        raise d.file.error("the TIFF's tags are damaged or out of order and none gives the number type",
                            hint="Open and save it in ImageJ.")
     dtype = _DTYPES.get((*kinds, *bits))
     if dtype is None or dtype == "?" and samples > 1:
