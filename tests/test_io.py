@@ -114,6 +114,28 @@ def test_attacks_are_refused_quickly_and_small(tmp_path):
         assert seconds < 1 and grown < 200, f"{name}: {seconds:.2f} s, {grown:.0f} MB"
 
 
+def test_each_flipped_bit_of_a_png_is_seen(seeds, tmp_path):
+    whole, path, rng = seeds["16.png"].read_bytes(), tmp_path / "a.png", make_rng(0, "flips")
+    for _ in range(150):
+        data = bytearray(whole)
+        data[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        with pytest.raises(ImageReadError):
+            read_image(path)
+
+
+def test_a_missing_chunk_and_a_missing_end_are_named(seeds, tmp_path):
+    "Neither would change the pixels that a plain reader returns in the second case, nor raise in the first."
+    shutil.copytree(seeds["stack.ome.zarr"], tmp_path / "a.ome.zarr")
+    (tmp_path / "a.ome.zarr" / "0" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(ImageReadError, match="missing and would read as zeros"):
+        read_image(tmp_path / "a.ome.zarr")
+    tags = page_tags(8, 8, 64) | {305: (2, 40, 8 + 64 + 2 + 12 * 10 + 4)}     # a program's name, cut off
+    (tmp_path / "a.tif").write_bytes(make_tiff(tags, bytes(64)) + bytes(20))
+    with pytest.raises(ImageReadError, match="truncated, TIFF tag 305"):
+        read_image(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("kind", "u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8 ?".split())
 def test_number_types(kind, tmp_path):
     "R5: exact values in native order, negatives preserved."
