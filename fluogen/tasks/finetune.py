@@ -110,7 +110,9 @@ class NetworkFitter:
         self.name, self.modules, self._loss = name, nn.ModuleDict({"network": network}), loss
 
     def loss(self, modules, batch, generator=None):
-        return self._loss(modules["network"](batch["condition"]), batch["target"])
+        predicted = modules["network"](batch["condition"]).float()
+        with torch.autocast(predicted.device.type, enabled=False):          # SSIM's variances vanish in half precision
+            return self._loss(predicted, batch["target"])
 
     @torch.no_grad()
     def restore(self, modules, condition, prompts) -> torch.Tensor:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELEMENT_UM', 'COUNTS_PER_UNIT', 'CONTROL_WAYS', 'KINDS', 'pack_round_trip', 'restore_fields', 'score_fields',
-           'classical_methods', 'list_ways', 'score_method', 'run_bench', 'ship_method', 'ScoringError', 'open_fitter',
-           'read_record', 'table_of', 'best_baseline', 'compare']
+           'classical_methods', 'list_ways', 'score_method', 'score_once', 'run_bench', 'ship_method', 'ScoringError',
+           'open_fitter', 'read_record', 'table_of', 'best_baseline', 'compare']
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #df33a3ac
 import json
@@ -23,7 +23,8 @@ from ..metrics.resolution import fourier_ring_correlation, fourier_ring_resoluti
 from ..metrics.restoration import score_restoration
 from ..metrics.structures import structure_errors
 from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
-from .bench30 import LEARNED, OURS, draw_fields, load_method, simulate_thirty, split_thirty
+from .bench30 import (LEARNED, OURS, draw_fields, fit_all, load_method, run_jobs, simulate_thirty,
+                                   split_thirty)
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
 from .recipes import as_pairs, module_configs
 
@@ -87,7 +88,8 @@ def list_ways(method: str, kind: str = "held-out") -> dict:
     "The ways a fitted method is used: name -> options of its `restore`; every way of sampling on held-out fields only."
     if not method.startswith("control"):
         return {method: {}}
-    ways = CONTROL_WAYS if kind == "held-out" and method == "control" else {"4 passes, mean of 4": (4, 4)}
+    all_ways = kind == "held-out" and method == "control"
+    ways = CONTROL_WAYS if all_ways else {"4 passes, mean of 4": (4, 4)} if kind == "held-out" else {"4 passes": (4, 1)}
     return {f"{method}, {name}": {"passes": passes, "samples": samples} for name, (passes, samples) in ways.items()}
 
 
@@ -106,6 +108,16 @@ def score_method(method: str, seed: int, folder, base: str, fields: dict) -> lis
     return rows
 
 
+def score_once(job: tuple) -> list[dict]:
+    "`score_method`, kept beside the fit and not repeated."
+    done = Path(job[2]) / "scores.json"
+    if not done.is_file():
+        made = score_method(*job)
+        with atomic_write(done) as temporary:
+            Path(temporary).write_text(json.dumps(made))
+    return json.loads(done.read_text())
+
+
 def run_bench(
     out: str | Path,                # folder of weights: bench30-<method> of the first seed, and bench30/scores.json
     work: str | Path,               # checkpoints, one folder a method and seed
@@ -118,21 +130,14 @@ def run_bench(
     **options,                      # config, n_pairs of `fluogen.tasks.bench30.run_method`
 ) -> Path:
     "Fit, pack, score and keep: the recipe behind figure 4."
-    from fluogen.tasks.bench30 import fit_all
     methods, out, work = tuple(methods or (*LEARNED, *OURS)), Path(out), Path(work)
     reports = fit_all(work, methods, seeds, workers, base=base, seconds=seconds, **options)
     fields = {kind: draw_fields(kind, n_per_structure) for kind in KINDS}
     rows = [{"kind": kind, "way": name, "seed": None, "which": "ever", "scores": {k: [r[k] for r in scores] for k in scores[0]}}
             for name, method in classical_methods(seeds[0]).items() for kind, batch in fields.items()
             for scores in [score_fields(method(batch), batch, full=kind == "held-out")]]
-    for report in reports:
-        method, seed = report["method"], report["seed"]
-        done = work / f"{method}-{seed}" / "scores.json"
-        if not done.is_file():
-            made = score_method(method, seed, done.parent, base, fields)
-            with atomic_write(done) as temporary:
-                Path(temporary).write_text(json.dumps(made))
-        rows += json.loads(done.read_text())
+    jobs = [(r["method"], r["seed"], str(work / f"{r['method']}-{r['seed']}"), base, fields) for r in reports]
+    rows += [row for made in run_jobs(score_once, jobs, workers) for row in made]
     record = {"base": load_weights(base).id, "seeds": list(seeds), "n_per_structure": n_per_structure, "fits": reports, "rows": rows,
               "fields": {kind: batch.structures for kind, batch in fields.items()}, "torch": torch.__version__.split("+")[0]}
     (out / "bench30").mkdir(parents=True, exist_ok=True)
