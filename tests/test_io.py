@@ -496,6 +496,9 @@ def test_the_checksum_of_a_folder_covers_names_and_contents(tmp_path):
     path = write_image(tmp_path / "a.ome.zarr", np.arange(64, dtype=np.uint8).reshape(8, 8))
     before = hash_file(path)
     assert read_image(path, sha256=before).array.shape == (8, 8)
+    for wrong in ("", "0" * 64, before[:-1], 5):
+        with pytest.raises(ImageReadError, match="not what was published"):
+            read_image(path, sha256=wrong)
     (path / "more").write_text("x")
     with pytest.raises(ImageReadError, match="not what was published"):
         read_image(path, sha256=before)

@@ -120,10 +120,10 @@ def read_image(
         path = Path(path)
         if path.is_dir():
             from fluogen.data.omezarr import read_omezarr
-            _check_sum(path, sha256 and hash_file(path), sha256)
+            _check_sum(path, hash_file(path) if sha256 is not None else None, sha256)
             return _finish(path, read_omezarr(path, axes, series or 0), axes, plane, max_bytes)
         with CheckedFile(path) as file:
-            _check_sum(path, sha256 and file.sha256(), sha256)
+            _check_sum(path, file.sha256() if sha256 is not None else None, sha256)
             return _finish(path, _choose_reader(file)(file, axes, series), axes, plane, max_bytes)
 
 # %% ../../nbs/lib/data/10_io.ipynb #ec7a2048
