@@ -60,21 +60,19 @@ class Schedule:
     "The process of a `ScheduleConfig`: mixing, targets, and the way back from a prediction to image and noise."
     def __init__(self, config: ScheduleConfig | None = None):
         self.config = config or ScheduleConfig()
-        self.abar = make_abar(self.config)
-
-    def _abar_at(self, t) -> torch.Tensor:
-        "abar at integer times, shaped to broadcast over (B,C,H,W); t = -1 is the clean image."
-        t = torch.as_tensor(t)
-        table = torch.cat([self.abar, torch.ones(1, dtype=torch.float64)]).to(t.device)     # entry -1 is 1
-        return table[t.long()].reshape(-1, 1, 1, 1)                                         # (B,1,1,1)
+        self.abar = make_abar(self.config)                                      # (T,) float64
+        table = torch.cat([self.abar, torch.ones(1, dtype=torch.float64)])      # entry -1 is the clean image
+        self._signal, self._noise = table.sqrt().float(), (1 - table).sqrt().float()
 
     def signal(self, t) -> torch.Tensor:
-        "Square root of abar, float32, (B,1,1,1)."
-        return self._abar_at(t).sqrt().float()
+        "Square root of abar at integer times, float32, (B,1,1,1); t = -1 is the clean image."
+        t = torch.as_tensor(t)
+        return self._signal.to(t.device)[t.long()].reshape(-1, 1, 1, 1)
 
     def noise(self, t) -> torch.Tensor:
         "Square root of 1 - abar, float32, (B,1,1,1)."
-        return (1 - self._abar_at(t)).sqrt().float()
+        t = torch.as_tensor(t)
+        return self._noise.to(t.device)[t.long()].reshape(-1, 1, 1, 1)
 
     def mix(self, x0, eps, t):
         "The noisy image at time t; x0 and eps are (B,C,H,W) in the model range."
