@@ -20,7 +20,7 @@ class PackingError(FluogenError):
 
 def _quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Symmetric eight bits with one scale a row: (out, k) -> int8 (out, k), float16 (out,)."
-    scale = (matrix.abs().amax(1) / 127).clamp(1e-7, 6e4).half()            # 1e-7: smallest that half precision keeps
+    scale = (matrix.abs().amax(1) / 127).clamp_min(1e-7).half()             # 1e-7: smallest that half precision keeps
     return (matrix / scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
 
 
@@ -60,6 +60,10 @@ def pack_state(
             packed[key + ":q"] = q.reshape(value.shape)
         else:
             packed[key] = value.half() if method != "fp32" else value
+    for key, value in packed.items():
+        if not torch.isfinite(value).all():
+            raise PackingError("a number too large for half precision", where=key, expected="at most 65504",
+                               hint="Pack as fp32.")
     return {k: v.contiguous() for k, v in packed.items()}
 
 

@@ -30,6 +30,9 @@ class ScheduleConfig:
     def __post_init__(self):
         if self.objective not in ("v", "eps", "x0"):
             raise ScheduleError("unknown objective", where="schedule", found=self.objective, expected="v, eps or x0")
+        if not isinstance(self.n_steps, int) or self.n_steps < 2:
+            raise ScheduleError("n_steps must be a whole number", where="schedule", found=self.n_steps,
+                                expected="2 or more")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ScheduleError("betas must rise within (0, 1)", where="schedule",
                                 found=f"{self.beta_start}..{self.beta_end}")

@@ -122,11 +122,12 @@ def save_weights(
     data = save_tensors(packed, {"config_sha256": _config_hash(config), "format": "fluogen-1"})
     config["sha256"] = hashlib.sha256(data).hexdigest()
     config["card"] = card
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, text in (("weights.safetensors", data), ("config.json", json.dumps(config, indent=1).encode() + b"\n"),
-                       ("card.md", write_card(config).encode())):
-        with atomic_write(folder / file) as temporary:
-            Path(temporary).write_bytes(text)
+    parts = {"weights.safetensors": data, "config.json": json.dumps(config, indent=1).encode() + b"\n",
+             "card.md": write_card(config).encode()}
+    with atomic_write(folder) as temporary:             # the three files change together or not at all
+        temporary.mkdir()
+        for file, text in parts.items():
+            (temporary / file).write_bytes(text)
     return folder
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #ad928ccf
@@ -158,6 +159,18 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
+def _find_base(folder: Path, wanted: dict) -> Path:
+    "The base with the right hash: beside these weights, else by name."
+    beside = folder.parent / wanted["name"]
+    found = [beside] if (beside / "config.json").is_file() else []
+    found += [find_weights(wanted["name"])] if not found or wanted["name"] in list_weights() else []
+    hashes = [_read_config(base)["sha256"] for base in found]
+    if wanted["sha256"] not in hashes:
+        raise ZooError("the base is another version than these weights were made for", where=folder.name,
+                       found=hashes[0][:12], expected=wanted["sha256"][:12])
+    return found[hashes.index(wanted["sha256"])]
+
+
 def _read_states(folder: Path) -> dict[str, dict]:
     "Unpacked float32 states by module, after every check; a base is read first."
     config, file = _read_config(folder), folder / "weights.safetensors"
@@ -174,13 +187,7 @@ def _read_states(folder: Path) -> dict[str, dict]:
     if bound != _config_hash(config):
         raise ZooError("config.json was changed after training (hash differs)", where=folder / "config.json",
                        hint="Restore the file that came with the weights.")
-    base = {}
-    if config["base"]:
-        base_folder = find_weights(config["base"]["name"])
-        if _read_config(base_folder)["sha256"] != config["base"]["sha256"]:
-            raise ZooError("the base is another version than these weights were made for", where=folder.name,
-                           found=_read_config(base_folder)["sha256"][:12], expected=config["base"]["sha256"][:12])
-        base = _read_states(base_folder)
+    base = _read_states(_find_base(folder, config["base"])) if config["base"] else {}
     return {module: unpack_state({k.split("/", 1)[1]: v for k, v in packed.items() if k.startswith(module + "/")},
                                  base.get(module)) for module in config["modules"]}
 

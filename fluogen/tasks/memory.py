@@ -40,7 +40,7 @@ def picture_bytes(
 ) -> int:
     "The result of all planes twice (it is converted and written), and the work on one."
     fine = 4 * plane_px * scale**2
-    return 2 * planes * fine + (12 if samples else 6) * fine + 32 * plane_px
+    return 2 * planes * fine + (14 if samples else 8) * fine + 32 * plane_px
 
 # %% ../../nbs/lib/tasks/07_memory.ipynb #99553344
 class MemoryLimitError(FluogenError):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ELEMENT_UM', 'COUNTS_PER_UNIT', 'CONTROL_WAYS', 'KINDS', 'pack_round_trip', 'restore_fields', 'score_fields',
            'classical_methods', 'list_ways', 'score_method', 'score_once', 'run_bench', 'ship_method', 'ScoringError',
-           'open_fitter', 'read_record', 'table_of', 'best_baseline', 'compare']
+           'open_fitter', 'read_record', 'table_of', 'list_seeds', 'best_baseline', 'compare']
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #df33a3ac
 import json
@@ -129,9 +129,11 @@ def run_bench(
     n_per_structure: int = 4,       # test fields of 256²
     **options,                      # config, n_pairs of `fluogen.tasks.bench30.run_method`
 ) -> Path:
-    "Fit, pack, score and keep: the recipe behind figure 4."
-    methods, out, work = tuple(methods or (*LEARNED, *OURS)), Path(out), Path(work)
-    reports = fit_all(work, methods, seeds, workers, base=base, seconds=seconds, **options)
+    "Fit, pack, score and keep: the recipe behind figure 4. A call with other methods or seeds adds to what is in `work`."
+    out, work = Path(out), Path(work)
+    fit_all(work, tuple(methods or (*LEARNED, *OURS)), seeds, workers, base=base, seconds=seconds, **options)
+    reports = [json.loads(p.read_text()) for p in sorted(work.glob("*/result.json"))]       # also of earlier calls
+    seeds = sorted({r["seed"] for r in reports})
     fields = {kind: draw_fields(kind, n_per_structure) for kind in KINDS}
     rows = [{"kind": kind, "way": name, "seed": None, "which": "ever", "scores": {k: [r[k] for r in scores] for k in scores[0]}}
             for name, method in classical_methods(seeds[0]).items() for kind, batch in fields.items()
@@ -143,14 +145,15 @@ def run_bench(
     (out / "bench30").mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "bench30" / "scores.json") as temporary:
         Path(temporary).write_text(json.dumps(record))
-    for method in methods:
-        ship_method(out / f"bench30-{method}", method, seeds[0], work / f"{method}-{seeds[0]}", base,
-                    next(r for r in reports if r["method"] == method and r["seed"] == seeds[0]))
+    for report in reports:
+        if report["seed"] == seeds[0] and report["method"] != "control-frozen":             # no column of the figure
+            ship_method(out / f"bench30-{report['method']}", work / f"{report['method']}-{seeds[0]}", base, report)
     return out / "bench30"
 
 
-def ship_method(folder: Path, method: str, seed: int, work: Path, base: str, report: dict) -> Path:
+def ship_method(folder: Path, work: Path, base: str, report: dict) -> Path:
     "Pack one fitted method as weights by name, with its card."
+    method, seed = report["method"], report["seed"]
     fitter = load_method(method, seed, work, base)
     plain = isinstance(fitter, NetworkFitter)
     origin = load_weights(base)
@@ -198,12 +201,18 @@ def read_record(name: str = "bench30") -> dict:
     raise ScoringError("no recorded scores", where=name, hint="Make them with: fluogen train bench30.")
 
 
-def table_of(record: dict, kind: str, metric: str, way: str, which: str = "ever") -> np.ndarray:
-    "(seeds, fields) scores of one way; (1, fields) for a method without seeds."
-    rows = [r for r in record["rows"] if (r["kind"], r["way"], r["which"]) == (kind, way, which) and metric in r["scores"]]
+def table_of(record: dict, kind: str, metric: str, way: str, which: str = "ever", seeds=None) -> np.ndarray:
+    "(seeds, fields) scores of one way; (1, fields) for a method that has no seeds. `seeds`: only these."
+    rows = [r for r in record["rows"] if (r["kind"], r["way"], r["which"]) == (kind, way, which) and metric in r["scores"]
+            and (seeds is None or r["seed"] is None or r["seed"] in seeds)]
     if not rows:
         raise ScoringError("not in the record", where=f"{kind}, {way}, {which}", found=metric)
     return np.array([r["scores"][metric] for r in sorted(rows, key=lambda r: r["seed"] or 0)])
+
+
+def list_seeds(record: dict, kind: str, way: str, which: str = "ever") -> set:
+    "Draws of the pairs that a way was scored on; {None} for a method that learns nothing."
+    return {r["seed"] for r in record["rows"] if (r["kind"], r["way"], r["which"]) == (kind, way, which)}
 
 
 def best_baseline(record: dict, metric: str = "psnr") -> tuple[str, str]:
@@ -213,8 +222,12 @@ def best_baseline(record: dict, metric: str = "psnr") -> tuple[str, str]:
 
 
 def compare(record: dict, first: tuple, second: tuple, metric: str, kind: str = "held-out", structure: str | None = None):
-    "Interval of the paired difference first - second; each is (way, which)."
+    "Interval of the paired difference first - second, over the draws that both have; each is (way, which)."
     kinds = np.array(record["fields"][kind])
     keep = kinds == structure if structure else np.full(len(kinds), True)
-    difference = (table_of(record, kind, metric, *first) - table_of(record, kind, metric, *second))[:, keep]
+    one, two = (list_seeds(record, kind, *way) for way in (first, second))
+    both = one if two == {None} else two if one == {None} else one & two
+    if not both:
+        raise ScoringError("no draw of the pairs in common", where=f"{first[0]} and {second[0]}")
+    difference = (table_of(record, kind, metric, *first, both) - table_of(record, kind, metric, *second, both))[:, keep]
     return paired_interval(difference, strata=kinds[keep])

@@ -6,6 +6,8 @@
 __all__ = ['TilingError', 'tile_starts', 'fade', 'pad_reflect', 'run_tiled']
 
 # %% ../../nbs/lib/tasks/05_tiling.ipynb #50421a23
+import itertools
+
 import torch
 
 from ..core import FluogenError
@@ -31,10 +33,18 @@ def tile_starts(
     return [multiple * round(i * (length - tile) / max(count - 1, 1)) for i in range(count)]
 
 # %% ../../nbs/lib/tasks/05_tiling.ipynb #009b215b
-def fade(side: int, ramp: int) -> torch.Tensor:
-    "Weight along one axis of a tile, (side,): linear over `ramp` pixels at both ends, never 0."
+def fade(
+    starts: list[int],  # first pixels of the tiles along one axis
+    side: int,          # of a tile
+    ramp: int,          # pixels at both ends over which the weight rises linearly
+) -> torch.Tensor:      # (tiles, side) float64
+    "Weights along one axis: at every pixel those of all tiles together are 1."
     distance = torch.minimum(torch.arange(side), torch.arange(side).flip(0)) + 1.0
-    return (distance / (ramp + 1)).clamp_max(1)
+    weight = (distance.double() / (ramp + 1)).clamp_max(1)                  # never 0
+    total = torch.zeros(starts[-1] + side, dtype=torch.float64)
+    for start in starts:
+        total[start:start + side] += weight
+    return torch.stack([weight / total[start:start + side] for start in starts])
 
 
 def pad_reflect(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -62,19 +72,20 @@ def run_tiled(
     up = lambda n: -(-n // multiple) * multiple
     tile_h, tile_w = (min(up(tile_px), up(n)) for n in (H, W))
     padded = pad_reflect(image, up(H), up(W))
-    places = [(top, left) for top in tile_starts(up(H), tile_h, min(overlap_px, tile_h - 1), multiple)
-              for left in tile_starts(up(W), tile_w, min(overlap_px, tile_w - 1), multiple)]
-    weight = (fade(tile_h * scale, overlap_px * scale)[:, None] * fade(tile_w * scale, overlap_px * scale))
-    weight, total, norm = weight.to(image.device), None, None
-    for done, (top, left) in enumerate(places, 1):
+    tops = tile_starts(up(H), tile_h, min(overlap_px, tile_h - 1), multiple)
+    lefts = tile_starts(up(W), tile_w, min(overlap_px, tile_w - 1), multiple)
+    exact = torch.float32 if image.device.type == "mps" else torch.float64     # Apple's GPU has no float64
+    fades = [fade([n * scale for n in starts], side * scale, overlap_px * scale).to(image.device, exact)
+             for starts, side in ((tops, tile_h), (lefts, tile_w))]
+    total = None
+    for i, (top, left) in enumerate(itertools.product(tops, lefts)):
         out = network(padded[..., top:top + tile_h, left:left + tile_w], (top, left, tile_h, tile_w))
-        out = out.to(image.device, torch.float32)
+        out = out.to(image.device)
         if total is None:
-            total = out.new_zeros(*out.shape[:2], up(H) * scale, up(W) * scale)
-            norm = out.new_zeros(total.shape[-2:])
+            total = image.new_zeros(*out.shape[:2], up(H) * scale, up(W) * scale, dtype=exact)
         rows, columns = (slice(n * scale, (n + side) * scale) for n, side in ((top, tile_h), (left, tile_w)))
+        weight = fades[0][i // len(lefts)][:, None] * fades[1][i % len(lefts)]
         total[..., rows, columns] += out * weight
-        norm[rows, columns] += weight
         if callback:
-            callback(done, len(places))
-    return total.div_(norm)[..., :H * scale, :W * scale]
+            callback(i + 1, len(tops) * len(lefts))
+    return total[..., :H * scale, :W * scale].float()
