@@ -107,7 +107,7 @@ def run_train(args) -> int:
         adaptation = "direct" if args.recipe.endswith("direct") else "control"
         made = train_sr(out / args.recipe, work, adaptation=adaptation, base=args.base, **common)
     print(made, flush=True)
-    _say(f"weights in {made}; look at card.md there, then: fluogen weights {Path(made).name}")
+    _say(f"look at card.md in that folder; to use these weights: fluogen restore IN OUT --model {made}")
     return 0
 
 # %% ../nbs/lib/90_cli.ipynb #8f187bca

@@ -38,11 +38,14 @@ class Pairs:
     def __post_init__(self):
         N, _, H, W = self.target.shape
         n, _, h, w = self.condition.shape
-        if n != N or len(self.prompts) != N:
-            raise FinetuneError("pairs do not match up", where="pairs", found=f"{N} targets, {n} inputs, {len(self.prompts)} prompts")
-        if H % h or W % w or H // h != W // w:
-            raise FinetuneError("the target must be a whole multiple of the input", where="pairs", found=f"{H}x{W} and {h}x{w}")
         self.groups = list(self.groups) or [str(i) for i in range(N)]
+        counts = {"targets": N, "inputs": n, "prompts": len(self.prompts), "groups": len(self.groups)}
+        if len(set(counts.values())) > 1:
+            raise FinetuneError("pairs do not match up", where="pairs",
+                                found=", ".join(f"{count} {name}" for name, count in counts.items()))
+        if H % h or W % w or H // h != W // w:
+            raise FinetuneError("the target must be a whole multiple of the input", where="pairs",
+                                found=f"{H}x{W} and {h}x{w}")
 
     def __len__(self):
         return len(self.prompts)
