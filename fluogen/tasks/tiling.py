@@ -36,11 +36,12 @@ def tile_starts(
 def fade(
     starts: list[int],  # first pixels of the tiles along one axis
     side: int,          # of a tile
-    ramp: int,          # pixels at both ends over which the weight rises linearly
+    ramp: int,          # pixels at both ends over which the weight rises
 ) -> torch.Tensor:      # (tiles, side) float64
     "Weights along one axis: at every pixel those of all tiles together are 1."
-    distance = torch.minimum(torch.arange(side), torch.arange(side).flip(0)) + 1.0
-    weight = (distance.double() / (ramp + 1)).clamp_max(1)                  # never 0
+    margin, place = ramp // 8, torch.arange(side, dtype=torch.float64)
+    distance = torch.minimum(place, place.flip(0)) + 1 - margin
+    weight = (distance / (ramp - 2 * margin + 1)).clamp(1e-3, 1)            # never 0: a picture's edge has one tile
     total = torch.zeros(starts[-1] + side, dtype=torch.float64)
     for start in starts:
         total[start:start + side] += weight
