@@ -33,7 +33,8 @@ def test_upsampling_keeps_places_and_constants(scale):
     for axis, centre in ((3, 10.7), (2, 12.2)):
         found = float((fine.sum(axis).flatten() * places).sum() / fine.sum())
         assert found == pytest.approx(scale * centre + (scale - 1) / 2, abs=0.02 * scale)
-    assert torch.allclose(upsample(torch.full((1, 1, 5, 7), 0.3), scale), torch.full((1, 1, 5 * scale, 7 * scale), 0.3))
+    assert torch.allclose(upsample(torch.full((1, 1, 5, 7), 0.3), scale),
+                          torch.full((1, 1, 5 * scale, 7 * scale), 0.3))
 
 
 @pytest.mark.parametrize("objective", ["v", "x0", "eps"])
@@ -61,14 +62,16 @@ def test_the_loss_is_the_mean_square_in_model_range_and_reaches_every_weight():
     weights = make_weights("direct")
     weights.backbone.requires_grad_(True)
     generator = torch.Generator().manual_seed(1)
-    truth, condition = torch.rand(2, 1, 16, 16, generator=generator), torch.rand(2, 1, 8, 8, generator=generator)
+    truth = torch.rand(2, 1, 16, 16, generator=generator)
+    condition = torch.rand(2, 1, 8, 8, generator=generator)
     states = weights.prompts(["ER of COS-7"] * 2)
     args = (states, weights.schedule, weights.direct)
     loss = direct_loss(weights.backbone, truth, condition, *args)
     x0 = restore_direct(weights.backbone, condition, *args)
     assert torch.allclose(loss, F.mse_loss(x0, 2 * truth - 1))
     loss.backward()
-    assert [name for name, p in weights.backbone.named_parameters() if p.grad is None or not p.grad.any()] == []
+    still = [name for name, p in weights.backbone.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
 
 
 def test_each_picture_for_itself_and_its_prompt():
@@ -77,7 +80,7 @@ def test_each_picture_for_itself_and_its_prompt():
     states = weights.prompts(["ER of COS-7", "F-actin of COS-7", ""])
     with torch.no_grad():
         whole = restore_direct(weights.backbone, condition, states, weights.schedule, weights.direct)
-        alone = restore_direct(weights.backbone, condition[1:2], states[1:2], weights.schedule, weights.direct)
-        other = restore_direct(weights.backbone, condition[1:2], states[2:3], weights.schedule, weights.direct)
+        alone, other = (restore_direct(weights.backbone, condition[1:2], states[k:k + 1], weights.schedule,
+                                       weights.direct) for k in (1, 2))
     assert whole.shape == (3, 1, 16, 24)
     assert torch.allclose(whole[1:2], alone, atol=1e-5) and not torch.allclose(alone, other, atol=1e-3)

@@ -11,15 +11,15 @@ from toys import PROMPTS, make_weights
 
 from fluogen.diffusion.control import ControlConfig
 from fluogen.diffusion.session import load_weights as load_trained
-from fluogen.tasks.finetune import (ControlFitter, DirectFitter, FinetuneError, FitConfig, NetworkFitter, Pairs,
-                                    draw_batch, drop_some, fit, validation_psnr)
+from fluogen.tasks.finetune import (ControlFitter, DirectFitter, FinetuneError, FitConfig, NetworkFitter,
+                                    Pairs, draw_batch, drop_some, fit, validation_psnr)
 from fluogen.tasks.scenes import Rounds, draw_rows, turn
 
 QUICK = FitConfig(steps=6, batch=2, crop_px=16, validate_every=2, warmup=1, precision="fp32", lr=1e-3)
 
 
 def make_pairs(n=6, size=24, seed=0, channels=1, first=0):
-    "Every fine picture is the one whose 2 x 2 mean is the measurement; pixel values name the pair and the place."
+    "The 2 x 2 mean of every fine picture is its measurement; pixel values name the pair and the place."
     fine = torch.rand(n, 1, size, size + 8, generator=torch.Generator().manual_seed(seed))
     coarse = F.avg_pool2d(fine, 2).repeat(1, channels, 1, 1)
     return Pairs(fine, coarse, [PROMPTS[i % 3] for i in range(n)], [f"cell {first + i}" for i in range(n)])
@@ -45,7 +45,8 @@ FITTERS = {"direct": lambda: DirectFitter(make_weights("direct")), "control": co
 
 def test_pairs_that_do_not_match():
     fine, coarse = torch.rand(4, 1, 16, 16), torch.rand(4, 1, 8, 8)
-    for args, says in (((fine[:3], coarse, ["a"] * 4), "do not match up"), ((fine, coarse, ["a"] * 3), "do not match up"),
+    for args, says in (((fine[:3], coarse, ["a"] * 4), "do not match up"),
+                       ((fine, coarse, ["a"] * 3), "do not match up"),
                        ((fine, coarse, ["a"] * 4, ["g"] * 3), "do not match up"),
                        ((fine[..., :15, :15], coarse, ["a"] * 4), "whole multiple"),
                        ((fine, coarse[..., :4], ["a"] * 4), "whole multiple")):
@@ -69,7 +70,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
         torch.manual_seed(step)                                                 # nobody's generator matters
         np.random.seed(step)
     for one, again in (steps[5], steps[0]):
-        assert torch.equal(one["target"], again["target"]) and torch.equal(one["condition"], again["condition"])
+        assert all(torch.equal(one[key], again[key]) for key in ("target", "condition"))
         assert one["prompts"] == again["prompts"]
     assert not torch.equal(steps[5][0]["target"], steps[0][0]["target"])
     assert not torch.equal(steps[5][0]["target"], draw_batch(pairs, 5, 4, 4, 16)["target"])
@@ -84,9 +85,10 @@ def test_pairs_are_cut_and_turned_together(channels):
     for step in range(40):
         batch = draw_batch(pairs, step, seed=0, size=4, crop_px=16)
         assert batch["target"].shape == (4, 1, 16, 16) and batch["condition"].shape == (4, channels, 8, 8)
-        assert torch.allclose(F.avg_pool2d(batch["target"], 2).expand_as(batch["condition"]), batch["condition"], atol=1e-6)
+        measured = F.avg_pool2d(batch["target"], 2).expand_as(batch["condition"])
+        assert torch.allclose(measured, batch["condition"], atol=1e-6)
         rows = [places[float(picture[0, 0, 0])] for picture in batch["target"]]
-        assert batch["prompts"] == [pairs.prompts[i] for i in rows] and len(set(rows)) == 4     # no pair twice
+        assert batch["prompts"] == [pairs.prompts[i] for i in rows] and len(set(rows)) == 4  # no pair twice
         seen |= set(rows)
     assert seen == set(range(6))
 
@@ -110,7 +112,8 @@ def test_turns_are_the_eight_symmetries():
     square = torch.arange(9.0).reshape(3, 3)
     assert len(everything) == 8
     assert {tuple(turn(square, k).flatten().tolist()) for k in range(8)} == {
-        tuple(np.rot90(flip, k).ravel().tolist()) for k in range(4) for flip in (square.numpy(), square.numpy().T)}
+        tuple(np.rot90(flip, k).ravel().tolist())
+        for k in range(4) for flip in (square.numpy(), square.numpy().T)}
 
 
 def test_crops_are_no_larger_than_the_pictures():
@@ -143,7 +146,8 @@ def test_rounds_are_a_function_of_the_step():
     later = Rounds(simulate, seed=1, n=8, steps=10)
     assert torch.equal(later.at(15)[0].target, second)                          # resumed in the second round
     target, condition, prompts = draw_rows(np.random.default_rng(0), rounds.at(0), 6)
-    assert target.shape == (6, 1, 2, 2) and condition is None and len(set(prompts)) == 2 and prompts[0] != prompts[-1]
+    assert target.shape == (6, 1, 2, 2) and condition is None
+    assert len(set(prompts)) == 2 and prompts[0] != prompts[-1]
 
 
 def test_dropped_prompts():
@@ -156,7 +160,7 @@ def test_dropped_prompts():
 def test_adaptations_for_users_learn_the_empty_prompt():
     batch = draw_batch(make_pairs(), 0, 0, 4, 16)
     for fitter in (DirectFitter(make_weights(), prompt_dropout=1.0), control_fitter(prompt_dropout=1.0)):
-        if isinstance(fitter, ControlFitter):                                   # a new branch hides nothing, but starts at zero
+        if isinstance(fitter, ControlFitter):  # a new branch hides nothing, but starts at zero
             fitter.modules["backbone"].requires_grad_(True)
         fitter.loss(fitter.modules, batch, torch.Generator().manual_seed(0)).backward()
         moved = fitter.modules["prompts"].table.weight.grad.abs().sum(1)
@@ -179,7 +183,8 @@ def test_every_fitter_goes_through_the_loop_and_gets_better(name, tmp_path):
 def test_the_weights_that_were_given_are_not_touched(tmp_path):
     weights = make_weights("direct")
     before = copy.deepcopy(weights.backbone.state_dict())
-    for fitter in (DirectFitter(weights), ControlFitter(weights, config=ControlConfig.from_backbone(weights.backbone.config))):
+    light = ControlConfig.from_backbone(weights.backbone.config)
+    for fitter in (DirectFitter(weights), ControlFitter(weights, config=light)):
         fit(fitter, make_pairs(), make_pairs(2, first=6), QUICK, tmp_path / fitter.name)
     assert all(torch.equal(v, before[k]) for k, v in weights.backbone.state_dict().items())
 
@@ -188,8 +193,10 @@ def test_a_frozen_backbone_stays_as_it_is(tmp_path):
     for frozen in (True, False):
         fitter = control_fitter(frozen=frozen)
         before = copy.deepcopy(fitter.modules.state_dict())
-        fit(fitter, make_pairs(), make_pairs(2, first=6), replace(QUICK, weight_decay=0.1), tmp_path / str(frozen))
-        changed = {k.split(".")[0] for k, v in fitter.modules.state_dict().items() if not torch.equal(v, before[k])}
+        fit(fitter, make_pairs(), make_pairs(2, first=6), replace(QUICK, weight_decay=0.1),
+            tmp_path / str(frozen))
+        after = fitter.modules.state_dict()
+        changed = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
         assert changed == ({"control"} if frozen else {"control", "backbone", "prompts"})
 
 
@@ -205,7 +212,7 @@ class Scripted:
 
     def restore(self, modules, condition, prompts):
         error = 10 ** (-self.script.pop(0) / 20)
-        return torch.full((len(condition), 1, 24, 32), error)                   # against targets of zero: this PSNR
+        return torch.full((len(condition), 1, 24, 32), error)  # against targets of zero: this PSNR
 
 
 def test_early_stopping_keeps_the_best_and_not_the_last(tmp_path):
@@ -220,8 +227,8 @@ def test_early_stopping_keeps_the_best_and_not_the_last(tmp_path):
     load_trained(last, tmp_path, "average")
     assert not all(torch.equal(v, kept[k]) for k, v in last.state_dict().items())
     again = Scripted([30.0, 30.0])
-    shorter = fit(again, make_pairs(), dark, replace(QUICK, steps=4, validate_every=4, patience=3, ema_decay=0.0),
-                  tmp_path / "short")
+    four = replace(QUICK, steps=4, validate_every=4, patience=3, ema_decay=0.0)
+    shorter = fit(again, make_pairs(), dark, four, tmp_path / "short")
     assert shorter.step == 4
 
 

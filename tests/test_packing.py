@@ -8,7 +8,8 @@ from fluogen.diffusion.packing import SMALL, PackingError, pack_state, unpack_st
 
 def random_state(seed=0, size=1.0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"conv": (32, 24, 3, 3), "linear": (64, 48), "bias": (64,), "norm": (7,), "tiny": (4, 4), "one": ()}
+    shapes = {"conv": (32, 24, 3, 3), "linear": (64, 48), "bias": (64,), "norm": (7,), "tiny": (4, 4),
+              "one": ()}
     return {name: torch.randn(shape, generator=generator) * size for name, shape in shapes.items()}
 
 
@@ -77,15 +78,17 @@ def test_low_rank_is_the_best_of_its_rank(rank):
         best = np.sqrt((np.linalg.svd(matrix, compute_uv=False)[rank:] ** 2).sum())         # Eckart-Young
         found = float((unpack_state(packed, base)[name] - tuned[name]).double().norm())
         assert best <= found * (1 + 1e-6) and found < best * 1.001
-        assert packed[name + ":d:u"].shape == (matrix.shape[0], rank) and packed[name + ":d:v"].shape[0] == rank
+        assert packed[name + ":d:u"].shape == (len(matrix), rank) and len(packed[name + ":d:v"]) == rank
     whole = {"w": torch.ones(64, 64)}
-    assert set(pack_state({"w": torch.ones(64, 64) * 2}, base=whole, rank=32)) == {"w:d"}   # not smaller: not done
+    twice = {"w": torch.ones(64, 64) * 2}
+    assert set(pack_state(twice, base=whole, rank=32)) == {"w:d"}       # not smaller: not done
 
 
 def test_packing_shrinks():
     base, tuned = random_state(0), random_state(1)
     size = {name: sum(v.nbytes for v in pack_state(tuned, base=base, **how).values())
-            for name, how in {"fp32": {"method": "fp32"}, "fp16": {}, "int8": {"method": "int8"}, "rank": {"rank": 2}}.items()}
+            for name, how in {"fp32": {"method": "fp32"}, "fp16": {}, "int8": {"method": "int8"},
+                              "rank": {"rank": 2}}.items()}
     assert size["fp32"] > 1.9 * size["fp16"] > 3.4 * size["int8"] > 3.4 * size["rank"]
 
 

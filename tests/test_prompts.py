@@ -28,7 +28,8 @@ def no_warnings():
 
 @pytest.mark.parametrize(("text", "words"), [
     ("F-actin of COS-7", ("f-actin", "cos-7")), ("Mitochondria  of\tBPAE cells", ("mitochondria", "bpae")),
-    ("S. aureus", ("s", "aureus")), ("E. coli, v2.1", ("e", "coli", "v2.1")), ("", ()), ("of and the", ()), ("--- .", ()),
+    ("S. aureus", ("s", "aureus")), ("E. coli, v2.1", ("e", "coli", "v2.1")), ("", ()), ("of and the", ()),
+    ("--- .", ()),
     ("DNA and RNA of U2OS", ("dna", "rna", "u2os"))])
 def test_words(text, words):
     assert split_words(text) == words
@@ -53,7 +54,8 @@ def test_variance_does_not_depend_on_the_number_of_words():
     torch.manual_seed(1)
     encoder = WordEncoder(tuple(f"a{i} b{i} c{i} d{i}" for i in range(500)), width=16)
     with torch.no_grad():
-        one, four = (encoder([text.format(*[i] * 4) for i in range(500)]) for text in ("a{}", "a{} b{} c{} d{}"))
+        one, four = (encoder([text.format(*[i] * 4) for i in range(500)])
+                     for text in ("a{}", "a{} b{} c{} d{}"))
     assert float(four.std() / one.std()) == pytest.approx(1, abs=0.1)
 
 
@@ -70,7 +72,8 @@ def test_unknown_words_are_said_with_what_is_known(encoder, text):
     assert states.isfinite().all()
     known = [word for word in split_words(text) if word in encoder.words]
     with torch.no_grad():
-        assert torch.allclose(states[0], encoder([" ".join(known)])[0])         # read without it, nothing put in its place
+        without = encoder([" ".join(known)])[0]
+        assert torch.allclose(states[0], without)                   # nothing is put in its place
 
 
 def test_made_again_from_its_config(encoder):

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from fluogen.diffusion.sampler import BLOCK_PX, SAMPLERS, NoiseField, guide, sample_ddim, sample_ddpm, sample_dpmpp_2m
+from fluogen.diffusion.sampler import (BLOCK_PX, SAMPLERS, NoiseField, guide, sample_ddim, sample_ddpm,
+                                       sample_dpmpp_2m)
 from fluogen.diffusion.schedule import GRIDS, Schedule, ScheduleConfig, ScheduleError, trailing_grid
 
 SCHEDULE = Schedule()
@@ -30,15 +31,17 @@ def run(name, predict, x, schedule, times, seed=0):
 def even_times(schedule, n, first, last):
     "n + 1 whole times, even in log SNR."
     log_snr = 0.5 * (schedule.abar[:-1].log() - (1 - schedule.abar[:-1]).log()).numpy()
-    return [int(np.abs(log_snr - level).argmin()) for level in np.linspace(log_snr[first], log_snr[last], n + 1)]
+    levels = np.linspace(log_snr[first], log_snr[last], n + 1)
+    return [int(np.abs(log_snr - level).argmin()) for level in levels]
 
 
 def solver_error(name, n, spread=0.5):
-    "Relative error of the gain from one noise level to another; the known last jump to the clean image is divided out."
+    "Relative error of the gain between two noise levels; the known jump to the clean image is divided out."
     schedule = Schedule(ScheduleConfig(n_steps=60_000, beta_start=1e-4 / 60, beta_end=0.02 / 60))
     times = even_times(schedule, n, 42_000, 3_000)
     width = lambda t: float((spread**2 * schedule.abar[t] + 1 - schedule.abar[t]) ** 0.5)
-    x0 = run(name, perfect(schedule, 0.0, spread), torch.ones(1, 1, 1, 1, dtype=torch.float64), schedule, times)
+    start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    x0 = run(name, perfect(schedule, 0.0, spread), start, schedule, times)
     last = spread**2 * float(schedule.abar[times[-1]]) ** 0.5 / width(times[-1]) ** 2
     return abs(float(x0) / last / (width(times[-1]) / width(times[0])) - 1)
 
@@ -58,7 +61,7 @@ def test_every_count_is_finite_and_keeps_the_mean(name, grid):
         times = GRIDS[grid](SCHEDULE, n)
         out = run(name, perfect(SCHEDULE, 0.2, 0.3), x, SCHEDULE, times)
         assert out.isfinite().all()
-        if name != "ddpm":                                                      # fresh noise has a mean of its own
+        if name != "ddpm":  # fresh noise has a mean of its own
             assert abs(float(out.mean()) - 0.2) < 1e-3
 
 
@@ -122,7 +125,8 @@ def test_ddpm_is_the_posterior_of_single_steps():
 def test_the_solver_without_a_past_is_ddim():
     x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(7))
     for times in ([999], [600], [999, 300]):
-        assert torch.allclose(sample_dpmpp_2m(curved, x, SCHEDULE, times), sample_ddim(curved, x, SCHEDULE, times),
+        assert torch.allclose(sample_dpmpp_2m(curved, x, SCHEDULE, times),
+                              sample_ddim(curved, x, SCHEDULE, times),
                               atol=1e-5)
 
 
@@ -168,9 +172,10 @@ def test_seed_key_step_and_place_decide():
     field = NoiseField(7, "image", (1, 128, 128))
     draws = [field.draw(), field.draw(0), field.draw(1), NoiseField(8, "image", (1, 128, 128)).draw(),
              NoiseField(7, "image2", (1, 128, 128)).draw()]
-    blocks = [d[..., y:y + BLOCK_PX, x:x + BLOCK_PX].flatten() for d in draws for y in (0, 64) for x in (0, 64)]
+    blocks = [draw[..., y:y + BLOCK_PX, x:x + BLOCK_PX].flatten()
+              for draw in draws for y in (0, 64) for x in (0, 64)]
     close = torch.corrcoef(torch.stack(blocks)) - torch.eye(len(blocks))
-    assert close.abs().max() < 5 / BLOCK_PX                                     # twenty streams, none like another
+    assert close.abs().max() < 5 / BLOCK_PX  # twenty streams, none like another
     assert abs(float(torch.stack(blocks).mean())) < 0.02 and abs(float(torch.stack(blocks).std()) - 1) < 0.02
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fluogen.diffusion.schedule import (GRIDS, Schedule, ScheduleConfig, ScheduleError, logsnr_grid, make_abar,
-                                        trailing_grid)
+from fluogen.diffusion.schedule import (GRIDS, Schedule, ScheduleConfig, ScheduleError, logsnr_grid,
+                                        make_abar, trailing_grid)
 
 CONFIGS = [ScheduleConfig(), ScheduleConfig(zero_snr=False), ScheduleConfig(objective="x0"),
            ScheduleConfig(objective="eps", zero_snr=False), ScheduleConfig(n_steps=37, beta_end=0.3)]
@@ -53,7 +53,8 @@ def test_amplitudes():
 def test_targets_are_what_they_are_called():
     x0, eps, t = torch.full((1, 1, 1, 1), 0.7), torch.full((1, 1, 1, 1), -0.2), 400
     abar = float(make_abar(ScheduleConfig())[t])
-    assert float(Schedule().target(x0, eps, t)) == pytest.approx(abar**0.5 * -0.2 - (1 - abar) ** 0.5 * 0.7, abs=1e-6)
+    v = abar**0.5 * -0.2 - (1 - abar) ** 0.5 * 0.7
+    assert float(Schedule().target(x0, eps, t)) == pytest.approx(v, abs=1e-6)
     assert Schedule(ScheduleConfig(objective="x0")).target(x0, eps, t) is x0
     assert Schedule(ScheduleConfig(objective="eps", zero_snr=False)).target(x0, eps, t) is eps
 

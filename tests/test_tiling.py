@@ -15,11 +15,12 @@ from fluogen.tasks.tiling import TilingError, fade, pad_reflect, run_tiled, tile
 
 def draw_case(rng):
     tile = rng.randrange(1, 80)
-    return (rng.randrange(1, 150), rng.randrange(1, 150), tile, rng.randrange(0, tile), rng.choice([1, 1, 2, 4, 8]),
-            rng.choice([1, 2]))
+    return (rng.randrange(1, 150), rng.randrange(1, 150), tile, rng.randrange(0, tile),
+            rng.choice([1, 1, 2, 4, 8]), rng.choice([1, 2]))
 
 
-CASES = [draw_case(random.Random(seed)) for seed in range(1000 if os.environ.get("FLUOGEN_BATTERY") == "full" else 100)]
+COUNT = 1000 if os.environ.get("FLUOGEN_BATTERY") == "full" else 100
+CASES = [draw_case(random.Random(seed)) for seed in range(COUNT)]
 
 
 def test_identity_is_exact_whatever_the_sizes():
@@ -51,10 +52,10 @@ def test_what_the_network_is_given():
             return part
 
         image = torch.rand(1, 2, H, W)
-        run_tiled(network, image, tile, overlap, 1, multiple, callback=lambda done, total: windows.append((done, total)))
+        run_tiled(network, image, tile, overlap, 1, multiple, callback=lambda *news: windows.append(news))
         told, windows = windows[1::2], windows[::2]
-        assert told == [(i + 1, len(windows)) for i in range(len(windows))] and len(set(windows)) == len(windows)
-        assert len({w[2:] for w in windows}) == 1
+        assert told == [(i + 1, len(windows)) for i in range(len(windows))]
+        assert len(set(windows)) == len(windows) and len({w[2:] for w in windows}) == 1
         assert all(n % multiple == 0 for window in windows for n in window)
         assert max(top + h for top, _, h, _ in windows) == -(-H // multiple) * multiple
         assert max(left + w for _, left, _, w in windows) == -(-W // multiple) * multiple
@@ -68,7 +69,8 @@ def test_starts():
         overlap, length = rng.randrange(0, tile), multiple * rng.randrange(1, 200)
         starts = tile_starts(length, tile, overlap, multiple)
         least = min(overlap, tile - multiple)
-        assert starts[0] == 0 and starts[-1] + tile >= length and (len(starts) == 1 or starts[-1] + tile == length)
+        assert starts[0] == 0 and starts[-1] + tile >= length
+        assert len(starts) == 1 or starts[-1] + tile == length
         assert all(a < b <= a + tile - least for a, b in zip(starts, starts[1:]))
         assert not any(start % multiple for start in starts)
         assert len(starts) <= max(1, -(-length // multiple))
@@ -90,7 +92,7 @@ def test_padding_is_numpys_reflection():
 
 
 def test_fading():
-    assert torch.equal(fade([0], 6, 3), torch.ones(1, 6).double())                       # nobody else is there
+    assert torch.equal(fade([0], 6, 3), torch.ones(1, 6).double())  # nobody else is there
     assert torch.allclose(fade([0, 4], 8, 3)[0, 4:], torch.tensor([0.8, 0.6, 0.4, 0.2]).double())
     assert torch.equal(fade([0, 3, 6], 4, 0)[1], torch.tensor([0.5, 1, 1, 0.5]).double())
     for side, ramp in ((1, 0), (8, 0), (8, 3), (9, 20)):
@@ -107,7 +109,7 @@ def blur(part, window=None):
 
 @pytest.mark.parametrize("shift", [(4, 0), (8, 12), (20, 16)])
 def test_a_shifted_image_gives_a_shifted_result(shift):
-    "With fading over 24 pixels, a network that sees 3 pixels far changes by the faded share of its edge error."
+    "A network that sees 3 pixels far, fading over 24: only the faded share of its edge error may move."
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(1, 1, 160, 180, generator=generator)
     moved = image.roll(shift, (2, 3))
@@ -134,10 +136,11 @@ def seam_ratio(difference, tile, overlap, multiple, scale):
 
 
 def test_seams_of_a_network_with_group_norm(field):
-    "512² in tiles against 512² whole: at seams at most 1.05 times the error elsewhere, by both meanings of error."
+    "512² in tiles against 512² whole: at seams at most 1.05 times the error elsewhere, of both kinds."
     weights = load_for_task("sr")                                               # as shipped, with attention
     with torch.inference_mode():
-        whole, tiled, hard = (restore_unit(field.condition[0], weights, RestoreSettings(tile_px=t, overlap_px=o))
+        whole, tiled, hard = (restore_unit(field.condition[0], weights,
+                                           RestoreSettings(tile_px=t, overlap_px=o))
                               for t, o in ((256, 32), (96, 32), (96, 0)))
     assert whole.shape == tiled.shape == (512, 512)
     assert seam_ratio(tiled - whole, 96, 32, 4, 2) <= 1.05
@@ -154,6 +157,7 @@ def test_seams_of_a_network_with_group_norm(field):
 @pytest.mark.parametrize("seed", range(2))
 def test_seams_of_random_networks_on_noise(seed):
     "Statistics are alike everywhere here, and only the edges of tiles could differ."
-    weights, noise = make_weights("direct", seed=seed), torch.rand(1, 128, 128, generator=torch.Generator().manual_seed(9))
+    noise = torch.rand(1, 128, 128, generator=torch.Generator().manual_seed(9))
+    weights = make_weights("direct", seed=seed)
     whole, tiled = (restore_unit(noise, weights, RestoreSettings(tile_px=t, overlap_px=16)) for t in (128, 48))
     assert seam_ratio(tiled - whole, 48, 16, 2, 2) <= 1.05

@@ -12,7 +12,7 @@ from fluogen.diffusion.shape import BackboneConfig
 from fluogen.diffusion.zoo import CARD_KEYS, Weights, save_weights
 
 PROMPTS = ("F-actin of COS-7", "ER of COS-7", "Microtubules of HeLa")
-TINY = BackboneConfig.tiny(attention_levels=(), stem="unshuffle2")         # sizes: multiples of 2 camera pixels
+TINY = BackboneConfig.tiny(attention_levels=(), stem="unshuffle2")  # sizes: multiples of 2 camera pixels
 CARD = dict.fromkeys(CARD_KEYS, "a test")
 ABOUT = {"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9", "schedule": asdict(ScheduleConfig())}
 
@@ -39,7 +39,8 @@ class NoNoise(torch.nn.Module):
 def make_weights(kind="direct", seed=0, config=TINY) -> Weights:
     "direct, control or bicubic, in memory."
     words = shake(WordEncoder(PROMPTS, config.prompt_width), seed, 4)
-    modules = {"backbone": NoNoise(config) if kind == "bicubic" else shake(Backbone(config), seed), "prompts": words}
+    modules = {"backbone": NoNoise(config) if kind == "bicubic" else shake(Backbone(config), seed),
+               "prompts": words}
     if kind == "control":
         modules["control"] = shake(ControlBranch.from_backbone(modules["backbone"]), seed + 1)
     about = ABOUT | {"name": kind, "adaptation": kind, "sha256": f"{seed:064x}"}
@@ -49,6 +50,9 @@ def make_weights(kind="direct", seed=0, config=TINY) -> Weights:
 def save_toy(folder, kind="direct", seed=0, **options):
     "The same on disk; gives the folder."
     weights = make_weights(kind, seed)
-    configs = {k: m.config if isinstance(m.config, dict) else m.config.to_dict() for k, m in weights.modules.items()}
-    about = ABOUT | {"adaptation": kind, "modules": configs, "direct": asdict(weights.direct) if weights.direct else None}
-    return save_weights(folder, {k: m.state_dict() for k, m in weights.modules.items()}, about, CARD, **options)
+    states = {name: module.state_dict() for name, module in weights.modules.items()}
+    configs = {name: module.config if isinstance(module.config, dict) else module.config.to_dict()
+               for name, module in weights.modules.items()}
+    direct = asdict(weights.direct) if weights.direct else None
+    about = ABOUT | {"adaptation": kind, "modules": configs, "direct": direct}
+    return save_weights(folder, states, about, CARD, **options)
