@@ -383,6 +383,7 @@ def toy(tmp_path_factory):
                                              ("a.tiff", "same"),
                                              ("a.png", "uint16"), ("a.png", "uint8"), ("a.mrc", "float32"),
                                              ("a.ome.zarr", "float32")])
+@pytest.mark.filterwarnings("ignore:.*(clipped|saturated)")
 def test_what_a_file_says_about_itself_survives(toy, tmp_path, name, dtype):
     source = write_image(tmp_path / "raw.tif", make_image(20, 23), pixel_um={"Y": 0.0626, "X": 0.0626})
     settings = RestoreSettings(prompt="ER of COS-7", seed=11, **SMALL)

@@ -159,5 +159,6 @@ def test_seams_of_random_networks_on_noise(seed):
     "Statistics are alike everywhere here, and only the edges of tiles could differ."
     noise = torch.rand(1, 128, 128, generator=torch.Generator().manual_seed(9))
     weights = make_weights("direct", seed=seed)
-    whole, tiled = (restore_unit(noise, weights, RestoreSettings(tile_px=t, overlap_px=16)) for t in (128, 48))
+    whole, tiled = (restore_unit(noise, weights, RestoreSettings(tile_px=tile, overlap_px=16))
+                    for tile in (128, 48))
     assert seam_ratio(tiled - whole, 48, 16, 2, 2) <= 1.05
