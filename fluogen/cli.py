@@ -86,7 +86,7 @@ def run_weights(args) -> int:
     return 0
 
 # %% ../nbs/lib/90_cli.ipynb #60b4e02f
-RECIPES = ("nano", "nano-sr-direct", "nano-sr", "bench30")
+RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "bench30")
 
 
 def run_train(args) -> int:
@@ -100,12 +100,14 @@ def run_train(args) -> int:
         made = train_prior(out / "fluogen-nano", work, **common)
     elif args.recipe == "bench30":
         from fluogen.tasks.scoring import run_bench
-        made = run_bench(out, work, base=args.base, seeds=args.seeds, methods=args.methods,
-                         seconds=args.seconds, workers=args.workers)
+        simulated = args.dataset == "simulated"
+        made = run_bench(out, work if simulated else work / "real", seeds=args.seeds, methods=args.methods, seconds=args.seconds,
+                         workers=args.workers, dataset=args.dataset, record="scores" if simulated else "real",
+                         n_per_structure=4 if simulated else 25)
     else:
         from fluogen.tasks.recipes import train_sr
-        adaptation = "direct" if args.recipe.endswith("direct") else "control"
-        made = train_sr(out / args.recipe, work, adaptation=adaptation, base=args.base, **common)
+        made = train_sr(out / args.recipe, work, adaptation="control" if args.recipe == "nano-sr" else "direct",
+                        base=args.base, generative=args.recipe != "nano-sr-simulated", **common)
     print(made, flush=True)
     _say(f"look at card.md in that folder; to use these weights: fluogen restore IN OUT --model {made}")
     return 0
@@ -182,6 +184,7 @@ def add_train(commands):
     add("--methods", nargs="+", help="bench30: methods (default: all)")
     add("--seconds", type=float, default=60.0, help="bench30: the common time a method")
     add("--workers", type=int, default=1, help="bench30: methods trained at once")
+    add("--dataset", default="simulated", help="bench30: simulated (default), or clean images under a simulated microscope")
     command.set_defaults(run=run_train)
 
 # %% ../nbs/lib/90_cli.ipynb #52a2f578

@@ -8,7 +8,7 @@ import torch
 from fluogen.core import FluogenError
 from fluogen.data.io import write_image
 from fluogen.report.claims import judge
-from fluogen.tasks import bench30, fig4, scoring
+from fluogen.tasks import bench30, fig4, fig4_claims, scoring, thirty
 
 
 def write_pairs(folder, rows):
@@ -61,16 +61,17 @@ def made_up_record():
 def test_claims_follow_the_record():
     record = made_up_record()
     seconds = {"one sample": 0.4, "FluoGen direct": 0.05}
-    claims = {c["id"]: judge(**c) for c in fig4.figure_claims(record, seconds)}
+    claims = {c["id"]: judge(**c) for c in fig4_claims.figure_claims(record, seconds)}
     assert claims["gain_psnr"].holds and abs(claims["gain_psnr"].measured - 1.0) < 0.1
     assert claims["control_gain"].holds is False and claims["over_bicubic"].holds and claims["every_structure"].holds
     assert claims["direct_speed"].measured == pytest.approx(0.4 / 4 * 10 / 0.05)
-    assert "Did not hold" in fig4.tell(record, list(claims.values()), True)
+    assert claims["few_pairs"].holds is None and "many" in claims["few_pairs"].why     # nobody measured it
+    assert "Did not hold" in fig4_claims.tell(record, list(claims.values()), True)
 
 
 def test_nothing_is_claimed_without_a_record():
-    claims = [judge(**c) for c in fig4.figure_claims(None, {}, full=False)]
-    assert len(claims) == len(fig4.CLAIMS) and all(c.holds is None and c.why for c in claims)
+    claims = [judge(**c) for c in fig4_claims.figure_claims(None, {}, full=False)]
+    assert len(claims) == len(fig4_claims.CLAIMS) and all(c.holds is None and c.why for c in claims)
 
 
 def test_the_best_baseline_is_credited_with_its_better_stopping_rule():
@@ -81,7 +82,7 @@ def test_the_best_baseline_is_credited_with_its_better_stopping_rule():
 
 
 def test_table_and_rows():
-    fields = bench30.draw_fields("held-out", 2, size_px=64)
+    fields = thirty.draw_fields("held-out", 2, size_px=64)
     scores = {"a": [{"psnr": float(i), "ssim": 0.5} for i in range(8)], "b": [{"psnr": 1.0, "ssim": 0.9} for _ in range(8)]}
     rows = fig4.summarise(scores, fields)
     overall = next(r for r in rows if (r["group"], r["method"], r["metric"]) == ("all", "a", "psnr"))
@@ -91,20 +92,20 @@ def test_table_and_rows():
 
 
 def test_thirty_pairs_are_split_without_sharing_a_scene():
-    train, held = bench30.draw_thirty(seed=3)
+    train, held = thirty.draw_thirty(seed=3)
     assert (len(train), len(held)) == (24, 6) and not set(train.groups) & set(held.groups)
     assert len({g.split("-")[0] for g in held.groups}) == 4
-    again, _ = bench30.draw_thirty(seed=3)
+    again, _ = thirty.draw_thirty(seed=3)
     assert torch.equal(train.target, again.target)
-    other, _ = bench30.draw_thirty(seed=4)
+    other, _ = thirty.draw_thirty(seed=4)
     assert not torch.equal(train.target, other.target)
 
 
 def test_the_test_fields_come_from_other_optics():
-    thirty, fields = bench30.simulate_thirty(0), bench30.draw_fields("held-out", 2, size_px=64)
+    made, fields = thirty.simulate_thirty(0), thirty.draw_fields("held-out", 2, size_px=64)
     inside = lambda value, bands: any(low <= value <= high for low, high in bands)
     from fluogen.data.microscopes import HELD_OUT, TRAIN
-    assert all(inside(s.photons, TRAIN.photons) and not inside(s.photons, HELD_OUT.photons) for s in thirty.setups)
+    assert all(inside(s.photons, TRAIN.photons) and not inside(s.photons, HELD_OUT.photons) for s in made.setups)
     assert all(inside(s.photons, HELD_OUT.photons) and not inside(s.photons, TRAIN.photons) for s in fields.setups)
 
 
@@ -115,4 +116,46 @@ def test_the_shipped_record_is_whole():
         for method in (*bench30.LEARNED, "direct"):
             table = scoring.table_of(record, kind, "psnr", method)
             assert table.shape == (len(record["seeds"]), len(record["fields"][kind])) and np.isfinite(table).all()
-    assert record["base"].startswith("fluogen-nano@")
+    from fluogen.diffusion.zoo import list_weights, load_weights
+    named = {base.split("@")[0]: base for base in record["bases"]}
+    assert {"fluogen-nano", "nano-sr", "nano-sr-direct"} <= set(named)
+    shipped = [name for name in named if name in list_weights()]
+    assert all(load_weights(name).id == named[name] for name in shipped), "weights changed since they were scored"
+
+
+
+@pytest.fixture(scope="module")
+def clean_cells(tmp_path_factory):
+    "A manifest of clean images: eight cells of each of two structures, two images a cell, and three rows that do not belong."
+    folder, lines, rng = tmp_path_factory.mktemp("clean"), [], np.random.default_rng(0)
+    rows = [(name, 16, 256, f"{name}{i // 2}") for name in ("ER", "mitochondria") for i in range(16)]
+    rows += [("ER", 8, 256, "stretched"), ("ER", 16, 200, "small"), ("ER exit sites", 16, 256, "other")]
+    for i, (text, bits, size, group) in enumerate(rows):
+        write_image(folder / f"{i}.tif", (200 + rng.gamma(1, 500, (size, size))).astype(np.uint16), pixel_um={"Y": 0.03, "X": 0.03})
+        lines.append({"image": f"{i}.tif", "text": text, "group": group, "bits": bits})
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_a_real_cell_is_in_one_set_only(clean_cells):
+    fields = thirty.draw_fields("held-out", 25, dataset=clean_cells)
+    assert fields.target.shape[-2:] == (240, 240) and set(fields.structures) == {"er", "mitochondria"}
+    assert not {"er/stretched", "er/small", "er/other"} & set(fields.groups)
+    for seed in range(3):
+        made = thirty.make_thirty(seed, 12, clean_cells)
+        train, held = thirty.draw_thirty(seed, 12, clean_cells)
+        assert made.target.shape[-2:] == (128, 128) and len(train) + len(held) == len(made) and len(held)
+        assert not set(made.groups) & set(fields.groups) and not set(train.groups) & set(held.groups)
+    assert not torch.equal(made.target, thirty.make_thirty(0, 12, clean_cells).target)
+
+
+def test_too_few_cells_are_refused(tmp_path):
+    lines = []
+    for i in range(3):
+        write_image(tmp_path / f"{i}.tif", np.full((256, 256), 300 + i, np.uint16), pixel_um={"Y": 0.03, "X": 0.03})
+        lines.append(json.dumps({"image": f"{i}.tif", "text": "ER", "group": f"cell{i}", "bits": 16}))
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    with pytest.raises(FluogenError, match="too few cells") as caught:
+        thirty.draw_fields("held-out", 4, dataset=str(tmp_path / "manifest.jsonl"))
+    assert "\n" not in str(caught.value)

@@ -6,8 +6,8 @@ import torch
 from fluogen.core import FluogenError
 from fluogen.data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN, OpticsRange, Setup
 from fluogen.data.optics import Camera, Optics, OpticsError
-from fluogen.data.pairs import (GROUP, RANGES, SPLITS, _expose, find_percentile, scale_percentile,
-                                simulate_pairs, simulate_targets)
+from fluogen.data.pairs import (GROUP, RANGES, SPLITS, _expose, degrade_images, find_percentile,
+                                scale_percentile, simulate_pairs, simulate_targets)
 from fluogen.data.phantom import STRUCTURES
 
 SR = ["microtubules", "factin", "er", "ccps"]
@@ -150,3 +150,20 @@ def test_wrong_requests_are_one_line(options):
 
 def test_named_ranges():
     assert list(RANGES) == ["train", "held-out", "out-of-range"]
+
+
+def test_a_real_image_under_a_simulated_microscope():
+    clean = simulate_pairs("microtubules", 2, size_px=80, seed=3).target * 700      # any scale
+    seen = degrade_images(clean, ["Microtubules of COS-7"] * 2, seed=1, groups=["a", "b"])
+    assert seen.target.shape == (2, 1, 64, 64) and seen.condition.shape == (2, 1, 32, 32) and seen.groups == ["a", "b"]
+    small = torch.nn.functional.avg_pool2d(seen.target, 2)
+    for one, other in zip(small, seen.condition):                                   # blurred and noisy, yet the same picture
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] > 0.6
+    assert torch.allclose(degrade_images(clean * 9, ["Microtubules of COS-7"] * 2, seed=1).condition, seen.condition, atol=0.05)
+
+
+@pytest.mark.parametrize("truth, match", [(torch.full((1, 1, 80, 80), -1.0), "background"), (torch.full((1, 1, 80, 80), torch.nan), "finite"),
+                                          (torch.zeros(1, 2, 80, 80), "not a batch"), (torch.zeros(1, 1, 20, 20), "at least")])
+def test_what_no_microscope_can_look_at_is_refused(truth, match):
+    with pytest.raises(OpticsError, match=match):
+        degrade_images(truth, ["ER of COS-7"])

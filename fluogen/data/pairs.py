@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'SPLITS', 'GROUP', 'MARGIN_PX', 'find_percentile', 'scale_percentile', 'PairBatch', 'simulate_pairs',
-           'simulate_targets']
+           'simulate_targets', 'degrade_images']
 
 # %% ../../nbs/lib/data/50_pairs.ipynb #46fb3d07
 from collections.abc import Sequence
@@ -68,6 +68,7 @@ class PairBatch:
     counts: torch.Tensor | None = None      # (B, 1 or 9, H/2, W/2) int32 camera counts
     density: torch.Tensor | None = None     # (B, 1, H, W) float32 scene
     instances: torch.Tensor | None = None   # (B, H, W) integer labels, 0 = background
+    groups: list | None = None              # B cells or fields of view; None: every picture is its own
 
     def __len__(self) -> int: return len(self.prompts)
 
@@ -187,3 +188,26 @@ def simulate_targets(
     "Truths alone, to train a prior; parameters as `simulate_pairs`, the same arguments give the same scenes."
     return _simulate(structures, n, size_px, seed, split, optics, device, brightness,
                      kind="targets", raw_frames=False, instances=instances)
+
+# %% ../../nbs/lib/data/50_pairs.ipynb #9a230946
+def degrade_images(
+    truth: torch.Tensor,            # (B, 1, H, W) clean images, background at 0, any scale; H and W even
+    prompts: list,                  # B prompts that the package knows
+    pixel_um: float = 0.0313,       # fine pixel
+    seed: int = 0,
+    optics: OpticsRange = TRAIN,
+    groups: list | None = None,     # B cells or fields of view
+) -> PairBatch:                     # `MARGIN_PX` smaller on every side
+    "Pairs whose target is a given image and whose condition is that image seen by a drawn microscope."
+    if truth.ndim != 4 or truth.shape[1] != 1 or len(truth) != len(prompts) or min(truth.shape[-2:]) < 16 + 2 * MARGIN_PX:
+        raise OpticsError("not a batch of images", where="degrade_images", found=f"{tuple(truth.shape)}, {len(prompts)} prompts",
+                          expected=f"(B, 1, H, W) of at least {16 + 2 * MARGIN_PX} pixels and B prompts")
+    if not bool(torch.isfinite(truth).all()) or bool((truth < 0).any()):
+        raise OpticsError("light is finite and not negative", where="degrade_images", found=f"minimum {truth.min().item():g}",
+                          hint="Subtract the background and clip at 0.")
+    setups = draw_setups(len(truth), pixel_um, optics, make_rng(seed, "optics", optics.name, "degrade"))
+    _, counts = _expose(truth.float(), setups, False, make_generator(seed, "noise", "degrade", device=truth.device))
+    margin = slice(MARGIN_PX, -MARGIN_PX)
+    return PairBatch(target=scale_percentile(truth[..., margin, margin], low=None), condition=scale_percentile(counts), counts=counts,
+                     prompts=list(prompts), structures=[structure_of(p) for p in prompts], setups=setups,
+                     pixel_um=[pixel_um] * len(truth), groups=groups)

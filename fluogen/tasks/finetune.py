@@ -123,13 +123,14 @@ class NetworkFitter:
 
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #292d9823
 class ControlFitter:
-    "A branch that reads the measurement; the backbone frozen (as in the paper) or tuned with it."
+    "A branch that reads the measurement, new or the weights' own; the backbone frozen (as in the paper) or tuned with it."
     def __init__(self, weights, frozen: bool = False, config: ControlConfig | None = None, passes: int = 4, prompt_dropout: float = 0.0):
         import copy
         self.name, self.schedule, self.frozen, self.passes = "control-frozen" if frozen else "control", weights.schedule, frozen, passes
         self.prompt_dropout = prompt_dropout
         backbone = copy.deepcopy(weights.backbone).requires_grad_(not frozen)
-        control = ControlBranch.from_backbone(backbone, config or ControlConfig.from_backbone(backbone.config)).requires_grad_(True)
+        control = (copy.deepcopy(weights.control) if "control" in weights.modules and config is None
+                   else ControlBranch.from_backbone(backbone, config or ControlConfig.from_backbone(backbone.config))).requires_grad_(True)
         self.modules = nn.ModuleDict({"backbone": backbone, "control": control,
                                       "prompts": copy.deepcopy(weights.prompts).requires_grad_(not frozen)})
 

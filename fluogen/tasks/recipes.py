@@ -9,10 +9,13 @@ __all__ = ['RecipeError', 'sr_batch', 'as_pairs', 'score_sr', 'train_sr', 'modul
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from ..core import FluogenError, choose_device, derive_seed, make_rng
 from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..data.pairs import simulate_pairs
 from ..data.phantom import STRUCTURES
+from ..diffusion.backbone import Backbone
 from ..diffusion.train import TrainConfig, train
 from ..diffusion.zoo import load_weights, save_weights
 from .finetune import ControlFitter, DirectFitter, Pairs, draw_batch, validation_psnr
@@ -32,8 +35,9 @@ def sr_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
 
 
 def as_pairs(made) -> Pairs:
-    "Simulated pairs as training pairs; every scene is its own group, named by structure and number."
-    return Pairs(made.target, made.condition, list(made.prompts), [f"{s}-{i}" for i, s in enumerate(made.structures)])
+    "Made pairs as training pairs; where no groups are stated every scene is its own, named by structure and number."
+    groups = made.groups or [f"{s}-{i}" for i, s in enumerate(made.structures)]
+    return Pairs(made.target, made.condition, list(made.prompts), list(groups))
 
 
 def score_sr(fitter, modules, seed: int = 0, n: int = 16, **options) -> dict:
@@ -54,22 +58,28 @@ def train_sr(
     adaptation: str = "direct",     # "direct" or "control"
     minutes: float = 12.0,
     base: str = "fluogen-nano",     # the backbone; its weights are stored as differences
-    steps: int = 1_000_000,
+    steps: int | None = None,       # over all calls, the rate falling to zero at the last; default 10,000 direct, 6,000 control
     device: str = "auto",
     seed: int = 0,
-    crops: int | None = None,
-    lr: float = 2e-4,
+    crops: int | None = None,       # a step; default 8 on a CPU, 64 on a GPU
+    lr: float = 5e-4,
     frozen: bool = False,           # control only: leave the backbone as it is, as the paper does
     method: str = "int8",           # packing of the differences
+    generative: bool = True,        # False: random weights in place of the prior, to see what it is worth
 ) -> Path:
     "Adapt the prior to super-resolution on unlimited simulated pairs, pack, measure, write the card."
     if adaptation not in ("direct", "control"):
         raise RecipeError("unknown adaptation", where="recipe", found=adaptation, expected="direct or control")
     device, weights = choose_device(device), load_weights(base)
-    crops = crops or (32 if device.type == "cpu" else 256)
+    if not generative:
+        torch.manual_seed(derive_seed(seed, "no prior") % 2**31)
+        weights.modules["backbone"] = Backbone(weights.backbone.config)
+        weights.modules["prompts"].table.reset_parameters()
+    crops = crops or (8 if device.type == "cpu" else 64)
+    steps = steps or (10_000 if adaptation == "direct" else 6_000)
     fitter = (DirectFitter(weights, prompt_dropout=0.2) if adaptation == "direct"
               else ControlFitter(weights, frozen=frozen, prompt_dropout=0.2))
-    settings = TrainConfig(steps=steps, minutes=minutes, lr=lr, warmup=100, ema_decay=0.999, precision="bf16", channels_last=True,
+    settings = TrainConfig(steps=steps, minutes=minutes, lr=lr, warmup=100, schedule="cosine", ema_decay=0.999, precision="bf16", channels_last=True,
                            seed=seed, device=device.type if device.type == "cpu" else "auto")
     rounds = Rounds(simulate_pairs, derive_seed(seed, "sr"), device=device)
     result = train(fitter.modules, fitter.loss, lambda step: sr_batch(step, seed, crops, rounds), settings, work,
@@ -78,10 +88,11 @@ def train_sr(
     fitter.modules.to("cpu").eval()
     about = {"task": "sr", "adaptation": adaptation, "scale": 2, "schedule": asdict(weights.schedule.config), "norm": "percentile:0.1,99.9",
              "direct": asdict(fitter.config) if adaptation == "direct" else None, "modules": module_configs(fitter.modules)}
-    card = {"summary": f"Super-resolution x2 from one widefield image, {adaptation} adaptation of {weights.id}.",
+    card = {"summary": f"Super-resolution x2 from one widefield image, {adaptation} adaptation of "
+                       f"{weights.id if generative else 'random weights'}.",
             "data": f"Simulated pairs only, optics range '{TRAIN.name}', structures {', '.join(STRUCTURES)}.",
             "licence": "Apache-2.0; the training data are simulated by this package.",
-            "recipe": f"fluogen train nano-sr{'-direct' if adaptation == 'direct' else ''} --minutes M --seed {seed}",
+            "recipe": f"fluogen train {Path(out).name} --minutes M --seed {seed}",
             "training": training_facts(result, crops, device), "scores": score_sr(fitter, fitter.modules),
             "limits": "Structures and optics outside the training range are restored as if they were inside: see figure 4."}
     states = {name: module.state_dict() for name, module in fitter.modules.items()}
