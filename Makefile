@@ -77,7 +77,7 @@ weights: $(STAMP)
 	@echo '  .venv/bin/fluogen train nano-sr-direct   super-resolution in one pass'
 	@echo '  .venv/bin/fluogen train nano-sr          super-resolution by the control branch: samples'
 	@echo '  .venv/bin/fluogen train bench30          all that figure 4 compares'
-	@echo 'Without --minutes the recipe for two CPU cores; on a GPU the same command with --minutes 20.'
+	@echo '--minutes is the time box of one call; on a GPU the same commands take larger steps.'
 
 docs: $(STAMP)
 	@$(PY) .ci/docs.py site

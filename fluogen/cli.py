@@ -107,7 +107,8 @@ def run_train(args) -> int:
     else:
         from fluogen.tasks.recipes import train_sr
         made = train_sr(out / args.recipe, work, adaptation="control" if args.recipe == "nano-sr" else "direct",
-                        base=args.base, generative=args.recipe != "nano-sr-simulated", **common)
+                        base=args.base, generative=args.recipe != "nano-sr-simulated", start=args.start, steps=args.steps,
+                        lr=args.rate, **common)
     print(made, flush=True)
     _say(f"look at card.md in that folder; to use these weights: fluogen restore IN OUT --model {made}")
     return 0
@@ -178,6 +179,9 @@ def add_train(commands):
     add("--out", help="folder of weights (default: the user's cache)")
     add("--work", default="runs/train", help="checkpoints; the same command goes on from there")
     add("--base", default="fluogen-nano", help="pretrained weights to adapt")
+    add("--start", help="nano-sr…: adapted weights to go on from, with a new learning rate and --work of its own")
+    add("--steps", type=int, help="nano-sr…: steps over all calls (default: the recipe's)")
+    add("--rate", type=float, default=5e-4, help="nano-sr…: learning rate at the beginning (default 5e-4)")
     add("--device", default="auto")
     add("--seed", type=int, default=0)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="bench30: training seeds")

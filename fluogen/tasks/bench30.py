@@ -26,9 +26,9 @@ from .finetune import (ControlFitter, DirectFitter, FitConfig, NetworkFitter, Pa
 from .thirty import draw_thirty
 
 # %% ../../nbs/lib/tasks/50_bench30.ipynb #cdbe05fc
-BENCH_CONFIG = FitConfig(steps=3000, batch=4, crop_px=64, lr=5e-4, validate_every=40, patience=8)
-TUNE_CONFIG = replace(BENCH_CONFIG, lr=5e-5, steps=1000)        # for weights that restore already
-MANY_CONFIG = replace(BENCH_CONFIG, batch=8, steps=6000, validate_every=200, patience=10)
+BENCH_CONFIG = FitConfig(steps=2000, batch=4, crop_px=64, lr=5e-4, validate_every=40, patience=8)
+TUNE_CONFIG = replace(BENCH_CONFIG, lr=2e-4, steps=1000, ema_decay=0.995)        # for weights that restore already
+MANY_CONFIG = replace(BENCH_CONFIG, batch=8, steps=4000, validate_every=200, patience=8)
 MAX_VALIDATION = 32                                             # pairs to stop by, however many there are
 
 
@@ -38,6 +38,7 @@ class Method:
     base: str | None = None             # weights by name that it starts from, or whose shape it has
     config: FitConfig = BENCH_CONFIG
     n_pairs: int = 30
+    frames: int = 1                     # input channels: one widefield image, or nine raw frames
     rank: int | None = None             # of the shipped differences to the base; None: all of them, eight bits
 
 
@@ -46,18 +47,19 @@ METHODS = {
     "direct": Method("nano-sr-direct", TUNE_CONFIG, rank=8), "control": Method("nano-sr", TUNE_CONFIG, rank=8),
     "control-frozen": Method("fluogen-nano"), "prior": Method("fluogen-nano"),
     "simulated": Method("nano-sr-simulated", TUNE_CONFIG), "many": Method("fluogen-nano", MANY_CONFIG, 4000),
-    "untuned": Method("nano-sr-direct", n_pairs=0)}
-RANDOM_START = ("care", "dfcan", "rcan", "scratch", "many")
+    "untuned": Method("nano-sr-direct", n_pairs=0), "rcan-9": Method(frames=9)}
+RANDOM_START = ("scratch", "many", *(name for name, method in METHODS.items() if method.base is None))
 LEARNED = ("care", "dfcan", "rcan", "scratch")      # what FluoGen is compared with
 OURS = ("direct", "control", "control-frozen")      # its adaptations
-APART = ("prior", "simulated", "many", "untuned")   # what takes the credit apart
+APART = ("prior", "simulated", "many", "untuned", "rcan-9")     # what takes the credit apart
 
 # %% ../../nbs/lib/tasks/50_bench30.ipynb #f9ea6d6b
 def make_fitter(method: str, seed: int):
     "The fitter of a method by name, before it has seen a pair."
     torch.manual_seed(derive_seed(seed, method) % 2**31)
-    if method in BASELINES:
-        return NetworkFitter(method, build_baseline(method), BASELINES[method].loss)
+    if METHODS[method].base is None:
+        name = method.removesuffix("-9")
+        return NetworkFitter(method, build_baseline(name, METHODS[method].frames), BASELINES[name].loss)
     weights = load_weights(METHODS[method].base)
     if method in RANDOM_START:
         weights.modules["backbone"] = Backbone(weights.backbone.config)
@@ -97,7 +99,7 @@ def run_method(
     if not n_pairs:
         return _report(folder, {"method": method, "seed": seed, "steps": 0})
     config = replace(config or METHODS[method].config, seed=seed)
-    pairs, validation = draw_thirty(seed, n_pairs, dataset)
+    pairs, validation = draw_thirty(seed, n_pairs, dataset, METHODS[method].frames == 9)
     validation = validation.take(list(range(min(len(validation), MAX_VALIDATION))))
     fitter = make_fitter(method, seed)
     step_s = pace(fitter, pairs, config)

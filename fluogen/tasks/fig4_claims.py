@@ -93,7 +93,8 @@ def figure_claims(record: dict | None, seconds: dict, steps: int = 4, full: bool
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #07aa1578
 CREDIT = {      # row -> what it has: generative prior, simulated pairs, pairs of this laboratory
     "scratch": ("no", "no", "30"), "prior": ("yes", "no", "30"), "simulated": ("no", "yes", "30"),
-    "untuned": ("yes", "yes", "none"), "direct": ("yes", "yes", "30"), "many": ("no", "no", "4,000")}
+    "untuned": ("yes", "yes", "none"), "direct": ("yes", "yes", "30"), "many": ("no", "no", "4,000"),
+    "rcan-9": ("no", "no", "30 x 9")}
 
 
 def format_credit(record: dict) -> str:

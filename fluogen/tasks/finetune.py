@@ -137,7 +137,7 @@ class ControlFitter:
     def loss(self, modules, batch, generator):
         x0 = to_model(batch["target"])
         u = torch.rand(len(x0), generator=generator, device=x0.device)
-        t = ((1 - u**2) * self.schedule.config.n_steps).long().clamp(0, self.schedule.config.n_steps - 1)
+        t = ((1 - u**3) * self.schedule.config.n_steps).long().clamp(0, self.schedule.config.n_steps - 1)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         states = modules["prompts"](drop_some(batch["prompts"], self.prompt_dropout, generator))
         x_t = self.schedule.mix(x0, eps, t)

@@ -66,11 +66,12 @@ def train_sr(
     frozen: bool = False,           # control only: leave the backbone as it is, as the paper does
     method: str = "int8",           # packing of the differences
     generative: bool = True,        # False: random weights in place of the prior, to see what it is worth
+    start: str | None = None,       # adapted weights to go on from with a new rate; default: the base
 ) -> Path:
     "Adapt the prior to super-resolution on unlimited simulated pairs, pack, measure, write the card."
     if adaptation not in ("direct", "control"):
         raise RecipeError("unknown adaptation", where="recipe", found=adaptation, expected="direct or control")
-    device, weights = choose_device(device), load_weights(base)
+    device, weights = choose_device(device), load_weights(start or base)
     if not generative:
         torch.manual_seed(derive_seed(seed, "no prior") % 2**31)
         weights.modules["backbone"] = Backbone(weights.backbone.config)
@@ -83,16 +84,17 @@ def train_sr(
                            seed=seed, device=device.type if device.type == "cpu" else "auto")
     rounds = Rounds(simulate_pairs, derive_seed(seed, "sr"), device=device)
     result = train(fitter.modules, fitter.loss, lambda step: sr_batch(step, seed, crops, rounds), settings, work,
-                   facts={"base": weights.id, "adaptation": adaptation, "crops": crops})
+                   facts={"start": weights.id, "adaptation": adaptation, "crops": crops})
     load_trained(fitter.modules, work, "average")
     fitter.modules.to("cpu").eval()
     about = {"task": "sr", "adaptation": adaptation, "scale": 2, "schedule": asdict(weights.schedule.config), "norm": "percentile:0.1,99.9",
              "direct": asdict(fitter.config) if adaptation == "direct" else None, "modules": module_configs(fitter.modules)}
     card = {"summary": f"Super-resolution x2 from one widefield image, {adaptation} adaptation of "
-                       f"{weights.id if generative else 'random weights'}.",
+                       f"{load_weights(base).id if generative else 'random weights'}.",
             "data": f"Simulated pairs only, optics range '{TRAIN.name}', structures {', '.join(STRUCTURES)}.",
             "licence": "Apache-2.0; the training data are simulated by this package.",
-            "recipe": f"fluogen train {Path(out).name} --minutes M --seed {seed}",
+            "recipe": f"fluogen train {Path(out).name} --seed {seed} --steps {steps} --rate {lr:g}"
+                      + (f", gone on from {weights.id}" if start else ""),
             "training": training_facts(result, crops, device), "scores": score_sr(fitter, fitter.modules),
             "limits": "Structures and optics outside the training range are restored as if they were inside: see figure 4."}
     states = {name: module.state_dict() for name, module in fitter.modules.items()}

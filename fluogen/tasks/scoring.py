@@ -144,7 +144,9 @@ def run_bench(
     rows = [{"kind": kind, "way": name, "seed": None, "which": "ever", "scores": {k: [r[k] for r in scores] for k in scores[0]}}
             for name, method in classical_methods(seeds[0], dataset).items() for kind, batch in fields.items()
             for scores in [score_fields(method(batch), batch, full=simulated and kind == "held-out")]]
-    jobs = [(r["method"], r["seed"], str(work / f"{r['method']}-{r['seed']}"), fields) for r in reports]
+    nine = {r["method"] for r in reports if METHODS[r["method"]].frames == 9}
+    frames = {kind: draw_fields(kind, n_per_structure, raw_frames=True) for kind in KINDS} if nine else {}
+    jobs = [(r["method"], r["seed"], str(work / f"{r['method']}-{r['seed']}"), frames if r["method"] in nine else fields) for r in reports]
     rows += [row for made in run_jobs(score_once, jobs, workers) for row in made]
     bases = sorted({METHODS[r["method"]].base for r in reports} - {None})
     made = {"bases": [load_weights(base).id for base in bases], "seeds": list(seeds), "n_per_structure": n_per_structure, "fits": reports,

@@ -29,9 +29,9 @@ class ThirtyError(FluogenError):
     "Images that no thirty pairs can be drawn from."
 
 
-def simulate_thirty(seed: int, n_pairs: int = 30, size_px: int = 128) -> PairBatch:
-    "The simulated pairs of a seed, with their optics."
-    return simulate_pairs(SR_STRUCTURES, n_pairs, size_px, seed=derive_seed(seed, "thirty"), split="train")
+def simulate_thirty(seed: int, n_pairs: int = 30, size_px: int = 128, raw_frames: bool = False) -> PairBatch:
+    "The simulated pairs of a seed, with their optics; `raw_frames`: nine of structured illumination instead of one image."
+    return simulate_pairs(SR_STRUCTURES, n_pairs, size_px, seed=derive_seed(seed, "thirty"), split="train", raw_frames=raw_frames)
 
 
 def split_thirty(made: PairBatch) -> tuple[list[int], list[int]]:
@@ -100,25 +100,36 @@ def degrade_thirty(dataset: str, seed: int, n_pairs: int = 30, size_px: int = 12
     return degrade_rows(chosen, size_px, derive_seed(seed, "thirty"), TRAIN)
 
 # %% ../../nbs/lib/tasks/45_thirty.ipynb #7b7068af
-def make_thirty(seed: int, n_pairs: int = 30, dataset: str = "simulated", size_px: int = 128) -> PairBatch:
+def make_thirty(seed: int, n_pairs: int = 30, dataset: str = "simulated", size_px: int = 128, raw_frames: bool = False) -> PairBatch:
     "The pairs of a seed with their optics."
-    return simulate_thirty(seed, n_pairs, size_px) if dataset == "simulated" else degrade_thirty(dataset, seed, n_pairs, size_px)
+    if dataset == "simulated":
+        return simulate_thirty(seed, n_pairs, size_px, raw_frames)
+    if raw_frames:
+        raise ThirtyError("raw frames are simulated only", where=dataset)
+    return degrade_thirty(dataset, seed, n_pairs, size_px)
 
 
-def draw_thirty(seed: int, n_pairs: int = 30, dataset: str = "simulated") -> tuple[Pairs, Pairs]:
+def draw_thirty(seed: int, n_pairs: int = 30, dataset: str = "simulated", raw_frames: bool = False) -> tuple[Pairs, Pairs]:
     "Training and validation pairs, four fifths and one fifth, sharing no scene and no cell."
-    made = make_thirty(seed, n_pairs, dataset)
+    made = make_thirty(seed, n_pairs, dataset, raw_frames=raw_frames)
     train_rows, held = split_thirty(made)
     return as_pairs(made).take(train_rows), as_pairs(made).take(held)
 
 
-def draw_fields(kind: str, n_per_structure: int, size_px: int = 256, seed: int = 0, dataset: str = "simulated") -> PairBatch:
-    "Test fields: kind is 'held-out', 'out-of-range' (optics) or, simulated only, 'unseen' (structure)."
+def draw_fields(
+    kind: str,                      # "held-out", "out-of-range" (optics) or, simulated only, "unseen" (structure)
+    n_per_structure: int,
+    size_px: int = 256,
+    seed: int = 0,
+    dataset: str = "simulated",
+    raw_frames: bool = False,       # nine frames of the same scenes
+) -> PairBatch:
+    "Test fields, the same for every method and every draw of the thirty."
     optics = OUT_OF_RANGE if kind == "out-of-range" else HELD_OUT
     if dataset == "simulated":
         structures = (UNSEEN,) if kind == "unseen" else SR_STRUCTURES
         return simulate_pairs(structures, n_per_structure * len(structures), size_px, seed=derive_seed(seed, "fields"), split="test",
-                              optics=optics)
+                              optics=optics, raw_frames=raw_frames)
     judged = [row for row in open_truths(dataset) if is_judged(*row[:2])]
     rows = [row for name in REAL_PROMPTS for row in [r for r in judged if r[0] == name][:n_per_structure]]
     return degrade_rows(rows, min(size_px, rows[0][2].shape[0] - 2 * MARGIN_PX), derive_seed(seed, "fields"), optics)

@@ -21,7 +21,7 @@ class BoundError(FluogenError):
 def check_levels(alpha, delta) -> None:
     "Both levels lie strictly between 0 and 1."
     for name, value in (("alpha", alpha), ("delta", delta)):
-        if not (np.isscalar(value) and 0 < value < 1):
+        if not (isinstance(value, (int, float, np.number)) and 0 < value < 1):
             raise BoundError("not a level", where=name, found=value, expected="0 < level < 1, e.g. 0.1")
 
 

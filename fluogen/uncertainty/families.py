@@ -33,11 +33,11 @@ def check_sets(
         raise CalibrationError("lower, mean, upper and target need one shape", where=where,
                                found=" ".join(map(str, (a.shape for a in arrays))), expected="(Y, X) each")
     for name, a in zip(("lower", "mean", "upper", "target"), arrays):
-        if not np.isfinite(a.sum(dtype=np.float64)):                 # one fast pass; a count only where needed
-            bad = int((~np.isfinite(a)).sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            suspect = not np.isfinite(a.sum())                       # one fast pass; a count only where needed
+        if suspect and (bad := int((~np.isfinite(a)).sum())):
             raise CalibrationError(f"{name} has pixels that are no numbers", where=where, found=f"{bad} of {a.size}")
-    crossed = int(np.count_nonzero(arrays[0] > arrays[2]))
-    if crossed:
+    if crossed := int(np.count_nonzero(arrays[0] > arrays[2])):
         raise CalibrationError("crossed quantiles", where=where, found=f"lower > upper in {crossed} of {arrays[0].size} pixels",
                                hint="Train the heads longer, or sort the two before calibrating and say so.")
     return arrays
@@ -87,13 +87,13 @@ def critical_factor(
 ) -> np.ndarray:        # (..., Y, X) >= 0
     "The smallest factor at which each pixel's interval holds its target."
     error = target - mean
-    side = np.where(error < 0, mean - lower, upper - mean)
-    return np.abs(error, out=error) / np.maximum(side, LEAST, out=side)
+    below, above = half_widths(lower, mean, upper)
+    return np.abs(np.maximum(error / above, -error / below))         # one of the two is negative: no branch
 
 # %% ../../nbs/lib/uncertainty/20_families.ipynb #af2acbf8
 FIRST, LAST = (127 - 8) << 7, (127 + 16) << 7                        # upper halves of 2^-8 and of 2^16 as float32
 EDGES = (np.arange(FIRST, LAST + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
-BLOCK = 1 << 15                                                      # pixels at a time: stays in the processor's cache
+BLOCK = 1 << 13                                                      # pixels at a time: stays in the processor's cache
 
 
 def count_factors(
