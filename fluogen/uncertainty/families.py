@@ -93,7 +93,7 @@ def critical_factor(
 # %% ../../nbs/lib/uncertainty/20_families.ipynb #af2acbf8
 FIRST, LAST = (127 - 8) << 7, (127 + 16) << 7                        # upper halves of 2^-8 and of 2^16 as float32
 EDGES = (np.arange(FIRST, LAST + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
-BLOCK = 1 << 13                                                      # pixels at a time: stays in the processor's cache
+BLOCK = 1 << 14                                                      # pixels at a time: stays in the processor's cache
 
 
 def count_factors(
