@@ -22,12 +22,12 @@ from ..diffusion.session import copy_into
 from ..diffusion.zoo import load_weights
 from .baselines import BASELINES, build_baseline
 from .finetune import (ControlFitter, DirectFitter, FitConfig, NetworkFitter, Pairs,
-                                     draw_batch, fit)
+                                     blend_weights, draw_batch, fit)
 from .thirty import draw_thirty
 
 # %% ../../nbs/lib/tasks/50_bench30.ipynb #cdbe05fc
 BENCH_CONFIG = FitConfig(steps=2000, batch=4, crop_px=64, lr=5e-4, validate_every=40, patience=8)
-TUNE_CONFIG = replace(BENCH_CONFIG, lr=2e-4, steps=1000, ema_decay=0.995)        # for weights that restore already
+TUNE_CONFIG = replace(BENCH_CONFIG, lr=2e-4, steps=1000, ema_decay=0.995, blend=0.5)     # for weights that restore already
 MANY_CONFIG = replace(BENCH_CONFIG, batch=8, steps=4000, validate_every=200, patience=8)
 MAX_VALIDATION = 32                                             # pairs to stop by, however many there are
 
@@ -130,8 +130,10 @@ def load_method(method: str, seed: int, folder: str | Path, which: str = "best")
     "A fitter with the weights that `run_method` kept: 'best' ever or 'in_time'; as they were where nothing was fitted."
     fitter = make_fitter(method, seed)
     if METHODS[method].n_pairs:
+        start = {name: value.clone() for name, value in fitter.modules.state_dict().items()}
         tensors, _ = load_tensors(Path(folder) / f"{which}.safetensors")
         copy_into({n: v for n, v in (*fitter.modules.named_parameters(), *fitter.modules.named_buffers()) if n in tensors}, tensors)
+        blend_weights(fitter.modules, start, METHODS[method].config.blend)
     fitter.modules.eval().requires_grad_(False)
     return fitter
 

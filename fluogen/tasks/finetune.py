@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FinetuneError', 'Pairs', 'draw_batch', 'drop_some', 'DirectFitter', 'NetworkFitter', 'ControlFitter', 'FitConfig',
-           'validation_psnr', 'fit']
+           'blend_weights', 'validation_psnr', 'fit']
 
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #6f232b43
 from dataclasses import dataclass, field
@@ -180,6 +180,14 @@ class FitConfig:
     warmup: int = 20
     weight_decay: float = 1e-2
     accumulate: int = 1
+    blend: float = 1.0                  # share of what was learnt in the final weights; the rest is where it began
+
+
+def blend_weights(modules, start: dict, share: float) -> None:
+    "Weights part of the way from `start` to what they are, in place. Source: Wortsman et al. 2022, 10.1109/CVPR52688.2022.00780."
+    if share < 1:
+        modules.load_state_dict({name: torch.lerp(start[name].to(end), end, share) if end.is_floating_point() else end
+                                 for name, end in modules.state_dict().items()})
 
 
 def validation_psnr(fitter, modules, pairs: Pairs) -> float:
@@ -203,6 +211,7 @@ def fit(
         raise FinetuneError("training and validation share a group", where="pairs", found=sorted(shared)[0],
                             hint="Split by cell or field of view, never by crop.")
     device = next(fitter.modules.parameters()).device
+    start = {name: value.clone() for name, value in fitter.modules.state_dict().items()}
     pairs, validation = _to(pairs, device), _to(validation, device)
     settings = TrainConfig(steps=config.steps, minutes=config.minutes, lr=config.lr, warmup=config.warmup, seed=config.seed,
                            weight_decay=config.weight_decay, ema_decay=config.ema_decay, precision=config.precision,
@@ -211,6 +220,7 @@ def fit(
     result = train(fitter.modules, fitter.loss, lambda step: draw_batch(pairs, step, config.seed, config.batch, config.crop_px),
                  settings, folder, validate=lambda modules, step: -validation_psnr(fitter, modules, validation), callback=callback)
     load_trained(fitter.modules, folder, "best")
+    blend_weights(fitter.modules, start, config.blend)
     return result
 
 

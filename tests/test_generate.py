@@ -1,0 +1,91 @@
+"Pictures from prompts: the same whatever the batch, flagged as synthetic, refused or warned in one line."
+import warnings
+
+import numpy as np
+import pytest
+
+from fluogen.cli import main
+from fluogen.core import FluogenError
+from fluogen.data.io import read_image
+from fluogen.tasks.generate import GenerateError, GenerateSettings, generate, list_pictures, save_generated
+from toys import PROMPTS, make_weights, save_toy
+
+SMALL = GenerateSettings(steps=3, size_px=32, seed=5)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return make_weights()
+
+
+@pytest.mark.parametrize("sampler, grid", [("dpmpp_2m", "logsnr"), ("ddim", "trailing"), ("ddpm", "trailing")])
+def test_a_picture_does_not_depend_on_its_company(toy, sampler, grid):
+    settings = GenerateSettings(steps=3, size_px=32, seed=5, sampler=sampler, grid=grid)
+    many = generate(list(PROMPTS[:2]), 3, settings, toy, batch=4)
+    assert many.images.shape == (6, 32, 32) and many.images.dtype == np.float32 and many.numbers == [0, 1, 2] * 2
+    assert 0 <= many.images.min() and many.images.max() <= 1
+    single = generate(PROMPTS[1], 3, settings, toy, batch=1)
+    np.testing.assert_allclose(single.images, many.images[3:], atol=1e-4)
+    assert np.abs(many.images[0] - many.images[1]).max() > 0.01                 # another number, another picture
+
+
+def test_seed_and_guidance_change_the_picture_and_one_means_off(toy):
+    base = generate(PROMPTS[0], 1, SMALL, toy).images
+    assert np.array_equal(base, generate(PROMPTS[0], 1, SMALL, toy).images)
+    for changed in (dict(seed=6), dict(guidance=3.0)):
+        other = generate(PROMPTS[0], 1, GenerateSettings(**{"steps": 3, "size_px": 32, "seed": 5, **changed}), toy).images
+        assert np.abs(base - other).max() > 1e-3
+
+
+def test_alternatives_are_drawn_once_and_for_all():
+    drawn = list_pictures(["A | B", ["C", "D"], ""], 12, seed=3)
+    assert {p for p, _ in drawn} == {"A", "B", "C", "D", ""} and len(drawn) == 36
+    assert drawn[:5] == list_pictures("A | B", 5, seed=3)
+
+
+def test_an_unknown_word_is_named_once_with_what_is_near(toy):
+    with pytest.warns(UserWarning, match="nearest known") as caught:
+        generate("Centrosomes", 3, SMALL, toy, batch=1)
+    assert sum("nearest known" in str(w.message) for w in caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(["", PROMPTS[0]], 1, SMALL, toy)
+
+
+@pytest.mark.parametrize("wrong", [dict(steps=0), dict(sampler="euler"), dict(grid="karras"), dict(guidance=-1), dict(seed=-1)])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(GenerateError, match=next(iter(wrong))):
+        GenerateSettings(**wrong)
+
+
+def test_sizes_and_empty_requests_are_refused(toy):
+    for size in (33, 8, 4096):
+        with pytest.raises(GenerateError, match="a multiple of .* to 512"):
+            generate(PROMPTS[0], 1, GenerateSettings(steps=1, size_px=size), toy)
+    for prompts, n in (([], 1), (PROMPTS[0], 0)):
+        with pytest.raises(GenerateError, match="nothing to generate"):
+            generate(prompts, n, SMALL, toy)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".ome.tif"])
+def test_files_say_what_they_are(toy, tmp_path, suffix):
+    made = generate(["F-actin of COS-7", ""], 2, SMALL, toy)
+    paths = save_generated(made, tmp_path / "out", SMALL, toy, suffix)
+    assert len(set(paths)) == 4
+    image = read_image(paths[0])
+    about = image.metadata["fluogen"]
+    assert about["synthetic"] is True and about["prompt"] == "F-actin of COS-7" and about["seed"] == 5 and about["weights"] == toy.id
+    assert image.array.dtype == np.float32 and np.array_equal(image.array, made.images[0])
+    assert image.pixel_um["X"] == pytest.approx(0.0313) and read_image(paths[2]).metadata["fluogen"]["prompt"] == ""
+    with pytest.raises(FluogenError, match="does not keep"):
+        save_generated(made, tmp_path, SMALL, toy, ".png")
+
+
+def test_the_command(tmp_path, capsys):
+    save_toy(tmp_path / "toy")
+    common = ["--model", str(tmp_path / "toy"), "--steps", "2", "--out", str(tmp_path / "out")]
+    assert main(["generate", PROMPTS[0], "-n", "2", "--size", "32", *common]) == 0
+    paths = capsys.readouterr().out.split()
+    assert len(paths) == 2 and all(read_image(path).metadata["fluogen"]["synthetic"] for path in paths)
+    assert main(["generate", PROMPTS[0], "--size", "33", *common]) == 2
+    assert "\n" not in capsys.readouterr().err.strip().splitlines()[-1]
