@@ -84,7 +84,7 @@ def collect(
 ) -> Collected:
     "Read every image once."
     seen = Collected()
-    labels = iter(groups) if groups is not None else count()
+    labels = iter(groups) if groups is not None else (f"image {i}" for i in count())
     for i, item in enumerate(images):
         label = next(labels, None)
         if label is None or len(item) != 4:

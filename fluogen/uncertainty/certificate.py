@@ -37,6 +37,7 @@ class Calibration:
     curve: tuple                    # factor at which the groups were covered to each of LEVELS
     seed: int = 0                   # of the order
     facts: dict = field(default_factory=dict)   # FACTS -> value
+    inputs: tuple = ()              # features of the measured images, see `guard`
     version: str = __version__
 
     def interval(self, lower, mean, upper, clip=(0, 1)):    # (..., Y, X) -> low, high
@@ -97,7 +98,8 @@ def load_calibration(
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CalibrationError("not a calibration", where=path, found=str(error)[:80], expected=FORMAT,
                                hint="Make it anew: fluogen calibrate.") from None
-    lists = {name: tuple(value) for name, value in body.items() if isinstance(value, list)}
+    lists = {name: tuple(tuple(v) if isinstance(v, list) else v for v in value)
+             for name, value in body.items() if isinstance(value, list)}
     calibration = Calibration(**body | lists)
     calibration.check(**facts)
     return calibration

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'FAMILIES', 'FIRST', 'LAST', 'EDGES', 'BLOCK', 'CalibrationError', 'check_sets', 'from_quantiles',
-           'from_residual', 'from_samples', 'half_widths', 'scale_sets', 'critical_factor', 'count_factors',
-           'loss_curve', 'find_edges']
+           'from_residual', 'from_samples', 'half_widths', 'scale_sets', 'critical_factor', 'bin_values',
+           'count_factors', 'loss_curve', 'find_edges']
 
 # %% ../../nbs/lib/uncertainty/20_families.ipynb #f46dc396
 import numpy as np
@@ -96,6 +96,17 @@ EDGES = (np.arange(FIRST, LAST + 1, dtype=np.uint32) << 16).view(np.float32).ast
 BLOCK = 1 << 14                                                      # pixels at a time: stays in the processor's cache
 
 
+def bin_values(
+    values,         # (...) >= 0, e.g. critical factors
+) -> np.ndarray:    # (...) int32: index of the first edge >= the value, len(EDGES) beyond the last
+    "Bin of each value, from the bits of its float32."
+    bits = np.array(values, dtype=np.float32).view(np.int32)
+    bits -= 1                                                        # an edge itself belongs to the bin that it ends
+    bits >>= 16
+    bits -= FIRST - 1
+    return np.clip(bits, 0, len(EDGES), out=bits)
+
+
 def count_factors(
     lower, mean, upper, target,     # (..., Y, X) each, as `check_sets` returns them
 ) -> np.ndarray:                    # (K + 1,) pixels whose first edge >= critical factor is EDGES[k]; last: beyond all
@@ -104,12 +115,7 @@ def count_factors(
     counts = np.zeros(len(EDGES) + 1, np.int64)
     for start in range(0, flat[0].size, BLOCK):
         star = critical_factor(*(a[start:start + BLOCK] for a in flat))
-        bits = star.astype(np.float32, copy=False).view(np.int32)
-        bits -= 1                                                    # an edge itself belongs to the bin that it ends
-        bits >>= 16
-        bits -= FIRST - 1
-        np.clip(bits, 0, len(EDGES), out=bits)
-        counts += np.bincount(bits, minlength=len(counts))
+        counts += np.bincount(bin_values(star), minlength=len(counts))
     return counts
 
 
