@@ -63,7 +63,7 @@ def test_help_answers_at_once_and_without_torch():
                            "finally: u = resource.getrusage(0); print(u.ru_utime + u.ru_stime)"],
                           capture_output=True, text=True)
     assert done.stdout.endswith("False\n")
-    assert all(name in done.stdout for name in ("restore", "train", "doctor", "weights"))
+    assert all(name in done.stdout for name in ("restore", "train", "check", "doctor", "weights"))
     assert float(used.stdout.splitlines()[-1]) < 0.5        # processor time
     assert best < 2.0                                       # the clock of a busy machine is patient
 

@@ -126,7 +126,7 @@ def judge_image(facts: Facts) -> list[tuple[str, str]]:     # kinds and words
     "What is wrong with one image."
     found = []
     if not facts.is_plane:
-        found.append(("stack", f"an image with axes {facts.axes}, {' x '.join(map(str, facts.shape))}"))
+        return [("stack", f"an image with axes {facts.axes}, {' x '.join(map(str, facts.shape))}")]
     if facts.bad:
         found.append(("not-a-number", f"{facts.bad} pixels NaN or infinite"))
     elif facts.constant:
@@ -147,13 +147,13 @@ def judge_pair(condition: Facts, target: Facts, pixels: tuple) -> tuple[list[tup
     try:
         shift = measure_shift(*pixels)
     except PairError as error:
-        kind = "exchanged" if np.prod(condition.shape) > np.prod(target.shape) else "sizes"
+        kind = "exchanged" if all(a > b and a % b == 0 for a, b in zip(condition.shape, target.shape)) else "sizes"
         return [(kind, f"{error.what}, input {condition.shape}, target {target.shape}")], None
     found, alike = [], float(condition.thumbnail @ target.thumbnail)
     if shift.scale == 1 and target.speckle > NOISIER * condition.speckle:
         found.append(("exchanged", f"the target is noisier than the input ({target.speckle / condition.speckle:.1f} times)"))
     if not shift.is_certain or shift.length > min(condition.shape) / 8:
-        strange = alike < 0.5 or shift.is_certain
+        strange = alike < 0.3 or shift.is_certain
         return found + ([("two-fields", f"nothing in common (correlation {alike:.2f})")] if strange else []), None
     if shift.length > SLIGHT_PX + shift.error_px:
         kind = "shifted" if shift.length > SHIFT_PX + shift.error_px else "slightly-shifted"

@@ -1,0 +1,236 @@
+"Planted faults are found, each with what to do; sound sets stay silent; shifts are measured and mended."
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+from scipy.ndimage import gaussian_filter
+from scipy.ndimage import shift as move
+
+from fluogen.cli import main
+from fluogen.data.check import ADVICE, check_data
+from fluogen.data.io import read_image, write_image
+from fluogen.data.lint import KINDS
+from fluogen.data.manifest import read_manifest, write_manifest
+from fluogen.data.mend import mend_shifts, next_step
+from fluogen.data.record import Record
+from fluogen.data.register import PairError, align_pair, find_scale, measure_shift
+from fluogen.data.roles import pair_folder
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
+PIXEL = {"Y": 0.1, "X": 0.1}
+
+
+def draw(seed, size=128):
+    "A clean field and its noisy recording, in counts."
+    rng = np.random.default_rng(seed)
+    clean = gaussian_filter(rng.normal(0, 1, (size, size)), 2)
+    clean = 200 + 900 * np.maximum(clean / clean.max(), 0)
+    return clean, rng.poisson(clean) + rng.normal(0, 15, clean.shape)
+
+
+def save(path, image, dtype=np.uint16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, np.clip(np.rint(image), 0, np.iinfo(dtype).max).astype(dtype), pixel_um=PIXEL)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed in range(5):
+        clean, noisy = draw(seed)
+        save(tmp_path / "set" / "clean" / f"{seed}.tif", clean)
+        save(tmp_path / "set" / "noisy" / f"{seed}.tif", noisy)
+    return tmp_path / "set"
+
+
+def change(path, how, **options):
+    image = read_image(path).array.astype(float)
+    save(path, how(image), **options)
+
+
+# ---- silence
+
+def test_a_sound_set_is_silent(folder):
+    report = check_data(folder)
+    assert report.findings == [] and len(report.pairs) == 5 and report.must_mend == []
+    assert max(pair.shift.length for pair in report.pairs) < 0.2
+    assert any("128 x 128 uint16" in line for line in report.summary())
+
+
+def test_a_sound_set_of_two_samplings_is_silent(tmp_path):
+    for seed in range(4):
+        clean, _ = draw(seed, 256)
+        coarse = clean.reshape(128, 2, 128, 2).mean((1, 3))
+        save(tmp_path / "hr" / f"{seed}.tif", clean)
+        save(tmp_path / "lr" / f"{seed}.tif", np.random.default_rng(seed).poisson(coarse))
+    report = check_data(tmp_path)
+    assert report.findings == [] and {pair.shift.scale for pair in report.pairs} == {2}
+    assert "--task sr" in next_step(report, "m.jsonl")
+
+
+def test_every_kind_has_its_advice():
+    assert set(KINDS) <= ADVICE.keys()
+    assert all(advice.endswith(".") for _, advice in ADVICE.values())
+
+
+# ---- planted faults
+
+def jpeg(image):
+    packed = io.BytesIO()
+    Picture.fromarray(np.clip(image / 5, 0, 255).astype(np.uint8)).save(packed, "jpeg", quality=40)
+    return np.array(Picture.open(packed)).astype(float)
+
+
+def swap(folder):
+    for seed in range(5):
+        one, other = folder / "clean" / f"{seed}.tif", folder / "noisy" / f"{seed}.tif"
+        kept = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(kept)
+
+
+PLANTS = {
+    "shifted": lambda f: change(f / "clean/0.tif", lambda a: move(a, (0.8, -0.7), mode="nearest")),
+    "slightly-shifted": lambda f: change(f / "clean/0.tif", lambda a: move(a, (0.42, 0.0), mode="nearest")),
+    "exchanged": swap,
+    "constant": lambda f: change(f / "noisy/1.tif", lambda a: a * 0 + 7),
+    "stack": lambda f: write_image(f / "noisy/1.tif", np.ones((3, 128, 128), np.uint16), axes="ZYX"),
+    "unreadable": lambda f: (f / "noisy/1.tif").write_bytes((f / "noisy/1.tif").read_bytes()[:900]),
+    "unpaired": lambda f: (f / "noisy/1.tif").unlink(),
+    "sizes": lambda f: change(f / "clean/2.tif", lambda a: a[:-3]),
+    "same-image": lambda f: shutil.copy(f / "clean/3.tif", f / "noisy/3.tif"),
+    "two-fields": lambda f: save(f / "clean/3.tif", draw(99)[0]),
+    "duplicate": lambda f: [shutil.copy(f / r / "0.tif", f / r / "9.tif") for r in ("clean", "noisy")],
+    "near-duplicate": lambda f: [save(f / "clean/9.tif", draw(1)[0] * 1.1 + 3), save(f / "noisy/9.tif", draw(1)[1])],
+    "saturated": lambda f: change(f / "noisy/2.tif", lambda a: np.minimum(a, np.percentile(a, 97))),
+    "jpeg": lambda f: change(f / "noisy/2.tif", jpeg),
+    "8-bit": lambda f: change(f / "noisy/2.tif", lambda a: a / 8, dtype=np.uint8),
+    "not-a-number": lambda f: write_image(f / "noisy/2.tif", np.where(np.eye(128), np.nan, 5).astype(np.float32)),
+    "one-pair": lambda f: [path.unlink() for path in f.rglob("*.tif") if path.stem != "0"],
+}
+
+
+@pytest.mark.parametrize("kind", PLANTS)
+def test_planted(folder, kind):
+    PLANTS[kind](folder)
+    report = check_data(folder)
+    also = {"8-bit", "duplicate", "near-duplicate", "mixed"} if kind in ("jpeg", "near-duplicate", "same-image") else {"mixed"}
+    assert kind in report.kinds() and set(report.kinds()) <= {kind} | also
+    line, = (line for line in report.lines() if f"  {kind}: " in line)
+    assert line.startswith("MEND" if ADVICE[kind][0] else "note") and line.endswith(ADVICE[kind][1]) and "\n" not in line
+    assert bool(report.must_mend) == ADVICE[kind][0]
+
+
+def rows(folder, splits, groups=None):
+    return [Record(f"clean/{n}.tif", "", f"noisy/{n}.tif", split=split, group=groups and groups[n], base=folder)
+            for n, split in enumerate(splits)]
+
+
+@pytest.mark.parametrize("kind, make", [
+    ("leak-group", lambda f: rows(f, ["train"] * 4 + ["test"], ["a", "b", "c", "d", "a"])),
+    ("leak-file", lambda f: rows(f, ["train"] * 4 + ["test"]) + [Record("clean/0.tif", "", "noisy/0.tif", split="test",
+                                                                      group="z", base=f)]),
+    ("leak-content", lambda f: [shutil.copy(f / "clean/0.tif", f / "clean/4.tif"),
+                                shutil.copy(f / "noisy/0.tif", f / "noisy/4.tif"), rows(f, ["train"] * 4 + ["test"])][-1]),
+    ("leak-near", lambda f: [save(f / "clean/4.tif", draw(0)[0] * 1.2), save(f / "noisy/4.tif", draw(0)[1]),
+                             rows(f, ["train"] * 4 + ["test"])][-1]),
+    ("missing-file", lambda f: rows(f, ["train"] * 4 + ["test"]) + [Record("no.tif", "", "noisy/0.tif", base=f)]),
+    ("same-file", lambda f: rows(f, ["train"] * 4) + [Record("clean/4.tif", "", "clean/4.tif", base=f)]),
+])
+def test_planted_in_a_manifest(folder, kind, make):
+    report = check_data(write_manifest(folder / "manifest.jsonl", make(folder)))
+    assert kind in report.kinds() and report.must_mend
+    assert check_data(folder).kinds() == report.kinds()                 # the folder of a manifest means the manifest
+
+
+def test_splits_by_group_are_no_leak(folder):
+    assert check_data(write_manifest(folder / "manifest.jsonl", rows(folder, ["train"] * 3 + ["val", "test"]))).findings == []
+
+
+# ---- roles
+
+def test_names_that_pair(tmp_path):
+    for name in ("a_GT.tif", "a_raw.tif", "b_gt.tif", "b_raw_1.tif", "b_raw_2.tif"):
+        save(tmp_path / name, draw(0, 64)[0])
+    records, lonely = pair_folder(tmp_path)
+    assert {(r.conditioning_image, r.image) for r in records} == {("a_raw.tif", "a_GT.tif"), ("b_raw_1.tif", "b_gt.tif"),
+                                                                 ("b_raw_2.tif", "b_gt.tif")}
+    assert lonely == [] and len({r.group for r in records}) == 2
+
+
+def test_single_images_are_no_fault(tmp_path):
+    for seed in range(3):
+        save(tmp_path / f"cell{seed}.tif", draw(seed)[0])
+    report = check_data(tmp_path)
+    assert report.findings == [] and "no pairs" in next_step(report)
+
+
+# ---- registration
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize("shift", [(0, 0), (0.5, -0.5), (-3.3, 1.7), (12.2, -9.6)])
+def test_shift_is_measured_and_mended(scale, shift):
+    fine, _ = draw(3, 128 * scale)
+    fine = gaussian_filter(fine, scale)
+    coarse = fine.reshape(128, scale, 128, scale).mean((1, 3))
+    noisy = np.random.default_rng(0).poisson(coarse / 10)
+    moved = move(fine, np.multiply(shift, scale), order=3, mode="nearest")
+    found = measure_shift(noisy, moved)
+    assert found[:2] == pytest.approx(shift, abs=0.15) and found.scale == scale and found.is_certain
+    condition, target = align_pair(noisy, moved, found)
+    assert measure_shift(condition, target).length < 0.2 and find_scale(condition.shape, target.shape) == scale
+    assert condition.dtype == noisy.dtype and np.isin(condition, noisy).all()
+
+
+def test_no_pair_no_shift():
+    assert not measure_shift(draw(0)[1], draw(1)[0]).is_certain
+    with pytest.raises(PairError, match="Exchange"):
+        measure_shift(draw(0, 256)[0], draw(0, 128)[0])
+    with pytest.raises(PairError, match="sizes"):
+        measure_shift(np.ones((64, 64)), np.ones((96, 128)))
+
+
+def test_mending_leaves_the_originals_alone(folder, tmp_path):
+    PLANTS["shifted"](folder)
+    PLANTS["unreadable"](folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*.tif")}
+    manifest, left_out = mend_shifts(check_data(folder), tmp_path / "out")
+    assert left_out == [] and {path: path.read_bytes() for path in folder.rglob("*.tif")} == before
+    records = read_manifest(manifest)
+    assert len(records) == 4 and check_data(manifest).must_mend == []
+    mended = read_image(records[0].path)
+    assert mended.pixel_um == PIXEL and mended.array.dtype == np.uint16
+    assert mended.metadata["mended_shift_px"] == pytest.approx([0.8, -0.7], abs=0.1)
+    with pytest.raises(PairError, match="not empty"):
+        mend_shifts(check_data(folder), tmp_path / "out")
+
+
+# ---- the command
+
+def test_command(folder, tmp_path, capsys):
+    listed, sheet = tmp_path / "pairs.jsonl", tmp_path / "sheet.png"
+    assert main(["check", str(folder), "--manifest", str(listed), "--sheet", str(sheet)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "images      5 pairs" and said[-1] == f"next        train on it: fluogen finetune {listed} --task denoise"
+    assert sheet.read_bytes()[:4] == b"\x89PNG" and len(listed.read_text().splitlines()) == 5
+    assert main(["check", str(listed)]) == 0
+    PLANTS["shifted"](folder)
+    capsys.readouterr()
+    assert main(["check", str(folder)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("--mend OUT")
+    assert main(["check", str(folder), "--mend", str(tmp_path / "mended")]) == 0
+    assert json.loads((tmp_path / "mended/manifest.jsonl").read_text().splitlines()[0])["image"].startswith("clean/")
+    assert main(["check", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fluogen: ")
+
+
+@pytest.mark.skipif(not (REAL / "denoise_pairs").is_dir(), reason="the real pairs are not on this machine")
+def test_real_pairs(tmp_path):
+    "One pair of each scene of two real sets: nothing that must be mended."
+    records = [record for record in read_manifest(REAL / "denoise_pairs", {"image": "files.clean", "conditioning_image":
+               "files.noisy", "text": "structure"}) if "_raw_1" in record.extra["id"]]
+    report = check_data(write_manifest(tmp_path / "m.jsonl", [record for record in records]))
+    assert len(report.pairs) == 9 and report.must_mend == [] and "8-bit" in report.kinds()
