@@ -59,7 +59,8 @@ def next_step(
     if not pairs:
         return "no pairs: these images can serve as targets of simulated pairs, or give each a noisy or coarse partner"
     scales = {pair.shift.scale for pair in pairs if pair.shift}
-    task = "denoise" if scales <= {1} else "sr"
     if manifest is None:
         return f"write the list of pairs: fluogen check {report.source} --manifest pairs.jsonl"
-    return f"train on it: fluogen finetune {manifest} --task {task}"
+    if scales <= {1}:
+        return "the pairs are in order; a model for images of equal size (denoising) does not ship yet"
+    return f"tune a model on them: fluogen finetune {manifest} --name NAME"
