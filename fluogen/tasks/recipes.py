@@ -80,8 +80,8 @@ def train_sr(
     steps = steps or (10_000 if adaptation == "direct" else 6_000)
     fitter = (DirectFitter(weights, prompt_dropout=0.2) if adaptation == "direct"
               else ControlFitter(weights, frozen=frozen, prompt_dropout=0.2))
-    settings = TrainConfig(steps=steps, minutes=minutes, lr=lr, warmup=100, schedule="cosine", ema_decay=0.999, precision="bf16", channels_last=True,
-                           seed=seed, device=device.type if device.type == "cpu" else "auto")
+    settings = TrainConfig(steps=steps, minutes=minutes, lr=lr, warmup=100, schedule="cosine", ema_decay=0.999, precision="bf16",
+                           channels_last=True, seed=seed, device=device.type if device.type == "cpu" else "auto")
     rounds = Rounds(simulate_pairs, derive_seed(seed, "sr"), device=device)
     result = train(fitter.modules, fitter.loss, lambda step: sr_batch(step, seed, crops, rounds), settings, work,
                    facts={"start": weights.id, "adaptation": adaptation, "crops": crops})
