@@ -73,7 +73,7 @@ def add_generate(commands):
     add("--size", type=int, default=128, metavar="PX", help="side of a picture (default 128)")
     add("--sampler", default="dpmpp_2m", help="dpmpp_2m (default), ddim or ddpm")
     add("--grid", default="logsnr", help="where the passes lie: logsnr (default) or trailing")
-    add("--suffix", default=".tif", help=".tif (default) or .ome.tif")
+    add("--suffix", default=".tif", choices=(".tif", ".ome.tif"), help=".tif (default) or .ome.tif")
     add("--model", default="fluogen-nano", help="weights by name or folder (default fluogen-nano)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
 

@@ -115,3 +115,11 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     manifest = write_manifest(tmp_path, [((64, 64), 2, "same"), ((64, 64), 2, "same")])
     assert main(["finetune", str(manifest), "--name", "x", "--work", str(tmp_path)]) == 2
     assert "one group only" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("fill", [7.0, np.nan])
+def test_constant_and_nan_images_are_left_out_by_name(tmp_path, fill):
+    manifest = write_manifest(tmp_path, [((32, 32), 2, "a"), ((32, 32), 2, "b")])
+    write_image(tmp_path / "hr1.tif", np.full((64, 64), fill, np.float32))
+    pairs, notes = read_pairs(manifest)
+    assert set(pairs.groups) == {"a"} and len(notes) == 1 and "hr1.tif" in notes[0]

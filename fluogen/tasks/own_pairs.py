@@ -12,6 +12,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..core import FluogenError, choose_device, make_rng
@@ -41,6 +42,8 @@ def read_pair(record, scale: int = 2) -> tuple[torch.Tensor, torch.Tensor, float
     for image in (target, condition):
         if image.array.ndim != 2:
             raise OwnPairsError("not a plane of grey values", where=image.path, found=image.axes, expected="YX")
+        if not np.isfinite(image.array).all() or image.array.min() == image.array.max():
+            raise OwnPairsError("constant, or pixels that are no numbers", where=image.path, found=f"minimum {image.array.min()}")
     if tuple(scale * n for n in condition.array.shape) != target.array.shape:
         raise OwnPairsError(f"the target is not {'twice' if scale == 2 else f'{scale} times'} the input", where=target.path,
                             found=f"{condition.array.shape} and {target.array.shape}")
