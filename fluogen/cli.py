@@ -111,7 +111,7 @@ def run_train(args) -> int:
     common = dict(device=args.device, seed=args.seed, minutes=args.minutes)
     if args.recipe == "nano":
         from fluogen.tasks.prior import train_prior
-        made = train_prior(out / "fluogen-nano", work, **common)
+        made = train_prior(out / "fluogen-nano", work, start=args.start, steps=args.steps, lr=args.rate, real=args.real, **common)
     elif args.recipe == "bench30":
         from fluogen.tasks.scoring import run_bench
         simulated = args.dataset == "simulated"
