@@ -109,10 +109,10 @@ def train_prior(
             "training": training_facts(result, crops, device),
             "scores": {"velocity loss, 48 validation scenes, before packing": round(value(modules, 0), 5)},
             "limits": "Simulated structures at fixed pixel sizes; see the phantom notebook for what real images have and these lack."}
-    save_weights(out, states, about, card)
+    save_weights(out, states, about, card, method="int8")
     packed = load_weights(str(out))
     card["scores"]["the same, as shipped"] = round(value(packed.modules, 0), 5)
-    return save_weights(out, states, about, card)
+    return save_weights(out, states, about, card, method="int8")
 
 
 def training_facts(result, batch: int, device) -> dict:
