@@ -27,6 +27,7 @@ from .direct import DirectConfig
 from .original import import_original
 from .packing import pack_state, unpack_state
 from .prompts import WordEncoder
+from .quantiles import HeadsConfig, QuantileHeads
 from .schedule import Schedule, ScheduleConfig
 from .shape import BackboneConfig
 
@@ -93,6 +94,7 @@ BUILDERS = {
     "backbone": lambda config: Backbone(BackboneConfig.from_dict(config)),
     "prompts": lambda config: WordEncoder(tuple(config["prompts"]), config["width"]),
     "control": lambda config: ControlBranch(ControlConfig.from_dict(config)),
+    "heads": lambda config: QuantileHeads(HeadsConfig.from_dict(config)),
 }
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #a315dfd6
