@@ -128,19 +128,18 @@ def quantile_pictures(
 
 # %% ../../nbs/lib/diffusion/90_quantiles.ipynb #449b4fd6
 class IntervalChain:
-    "What drives a sampler while the quantiles seen at one of its passes are kept: one chain instead of three."
+    "What drives a sampler while the quantiles seen at one time are kept: one chain instead of three."
     def __init__(self,
         predict_all,            # callable (x, t) -> (B, 3, H, W), e.g. of `with_heads`
         schedule,               # `Schedule`
-        at: int = 0,            # the pass whose heads are read: 0 is the first
+        time: int,              # one of the chain's times: the pass whose heads are read
     ):
-        self.predict_all, self.schedule, self.at, self.calls, self.quantiles = predict_all, schedule, at, 0, None
+        self.predict_all, self.schedule, self.time, self.kept = predict_all, schedule, time, []
 
     def __call__(self, x, t):   # -> (B, 1, H, W): the prediction
         velocities = self.predict_all(x, t)
-        if self.calls == self.at:
-            self.quantiles = quantile_pictures(self.schedule, x, velocities, t)
-        self.calls += 1
+        if t == self.time:
+            self.kept.append(quantile_pictures(self.schedule, x, velocities, t))     # one a chain
         return velocities[:, 1:2]
 
 
@@ -155,9 +154,9 @@ def run_chain(
     "One chain driven by the prediction; its end between the quantiles seen on the way."
     if not 0 <= at < len(times):
         raise QuantileError("the chain has no such pass", where="at", found=at, expected=f"0..{len(times) - 1}")
-    chain = IntervalChain(predict_all, schedule, at)
+    chain = IntervalChain(predict_all, schedule, times[at])
     end = sample(chain, start, schedule, times)
-    return Quantiles(chain.quantiles.lower, end, chain.quantiles.upper)
+    return chain.kept[0]._replace(mean=end)
 
 
 def run_three_chains(

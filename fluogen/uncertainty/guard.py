@@ -94,8 +94,9 @@ class InputRange:
 
 
 def watch(calibration: Calibration, images: Iterable) -> Calibration:
-    "The calibration together with the range of its measured images (Y, X), as many as it has targets."
-    features = tuple(tuple(float(f"{value:.6g}") for value in describe_image(image)) for image in images)
+    "The calibration together with the range of its measured images (Y, X), or their features (9,), as many as it has targets."
+    rows = (image if np.ndim(image) == 1 else describe_image(image) for image in images)
+    features = tuple(tuple(float(f"{value:.6g}") for value in row) for row in rows)
     if len(features) < len(calibration.images):
         raise CalibrationError("the measured images of a calibration are missing", where="images", found=len(features),
                                expected=len(calibration.images))
