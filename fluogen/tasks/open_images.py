@@ -16,8 +16,8 @@ from ..data.registry import load_dataset
 from .scenes import PAPER_PROMPTS, turn
 
 # %% ../../nbs/lib/tasks/27_open_images.ipynb #ac92b0f3
-NAMES = {"er": ("ER",), "mitochondria": ("Mitochondria",), "microtubules": ("Microtubules",), "f-actin": ("F-actin",), "actin": ("F-actin",),
-         "lysosomes": ("Lysosomes",), "nuclei": ("Nuclei", "Nucleus", "DNA")}      # what data sets say -> our words for it
+NAMES = {"er": ("ER",), "mitochondria": ("Mitochondria",), "microtubules": ("Microtubules",),   # what data sets say -> our words
+         "f-actin": ("F-actin",), "actin": ("F-actin",), "lysosomes": ("Lysosomes",), "nuclei": ("Nuclei", "Nucleus", "DNA")}
 
 
 def known_prompt(
@@ -62,7 +62,8 @@ def open_images(
                 unit, _ = scale_to_unit(array, "percentile:1,99.9", clip=True)
                 found.setdefault(known_prompt(record.prompts[0]), []).append(torch.from_numpy(unit[None]).half())
         if sum(map(len, found.values())) == before:
-            raise OpenImagesError("no image to learn from", where=source, expected=f"licence_class open…, a known structure, {side_px} px or more")
+            raise OpenImagesError("no image to learn from", where=source,
+                                  expected=f"licence_class open…, a known structure, {side_px} px or more")
     return found
 
 

@@ -83,11 +83,11 @@ def train_prior(
     "Pretrain backbone and prompt encoder on simulated scenes, and on open images if given; pack, measure, write the card."
     device, steps = choose_device(device), steps or 20_000
     crops, images = crops or (8 if device.type == "cpu" else 128), open_images(real)
-    schedule = Schedule(ScheduleConfig())
+    schedule, config = Schedule(ScheduleConfig()), config or BackboneConfig.nano()
     torch.manual_seed(seed)
     before = load_weights(start, device) if start else None
     modules = torch.nn.ModuleDict(dict(before.modules) if before else {
-        "backbone": Backbone(config or BackboneConfig.nano()), "prompts": WordEncoder(PAPER_PROMPTS)}).requires_grad_(True)
+        "backbone": Backbone(config), "prompts": WordEncoder(PAPER_PROMPTS, config.prompt_width)}).requires_grad_(True)
     facts = {"schedule": asdict(schedule.config), "crops": crops, "images": sum(map(len, images.values())), "start": before and before.id}
     settings = TrainConfig(steps=steps, minutes=minutes, lr=lr, warmup=200, schedule="cosine", ema_decay=0.999, precision="bf16",
                            channels_last=True, seed=seed, validate_every=1000, device=device.type if device.type == "cpu" else "auto")

@@ -1,0 +1,79 @@
+"""The prior: what it learns from, that it goes on where it stopped, and what its card says."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fluogen.data.io import Image, write_image
+from fluogen.data.record import Record
+from fluogen.diffusion.shape import BackboneConfig
+from fluogen.diffusion.zoo import load_weights
+from fluogen.tasks.open_images import OpenImagesError, draw_crop, known_prompt, licences, may_learn, open_images
+from fluogen.tasks import prior
+from fluogen.tasks.prior import train_prior
+from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    "Writes images and the manifest that lists them."
+    def write(*rows, shape=(140, 150)):
+        lines = []
+        for i, (text, licence) in enumerate(rows):
+            write_image(tmp_path / f"{i}.tif", Image(np.random.default_rng(i).poisson(30, shape).astype(np.uint16), "YX"))
+            lines.append(json.dumps({"image": f"{i}.tif", "text": text, "group": f"cell {i}", "licence_class": licence, "licence": licence}))
+        (tmp_path / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+        return tmp_path / "manifest.jsonl"
+    return write
+
+
+def test_every_known_prompt_speaks_the_vocabulary():
+    said = ["nuclei of U2OS", "nuclei of BPAE", "Nuclei", "actin of BPAE", "membranes of zebrafish", "lysosomes of HeLa", "er of Vero"]
+    words = {word for prompt in PAPER_PROMPTS for word in prompt.split()}
+    for text in said:
+        assert set(known_prompt(text).split()) <= words, text
+    assert known_prompt("nuclear envelope") is None and known_prompt("") is None
+
+
+def test_only_open_licences_teach(shelf):
+    manifest = shelf(("nuclei", "open-CC0"), ("ER", "unclear"), ("ER", "copyleft-code-licence"), ("nuclei and golgi", "open-CC0"))
+    images = open_images([manifest])
+    assert {prompt: len(found) for prompt, found in images.items()} == {"Nuclei": 1}
+    assert licences([manifest]) == "1 open-CC0"
+    one = images["Nuclei"][0]
+    assert one.shape == (1, 140, 150) and 0 <= one.min() and one.max() <= 1
+
+
+@pytest.mark.parametrize("rows, shape", [([("ER", "unclear")], (140, 150)), ([("nuclei", "open-CC0")], (100, 150))])
+def test_a_source_without_anything_to_learn_is_refused(shelf, rows, shape):
+    with pytest.raises(OpenImagesError, match="no image to learn from"):
+        open_images([shelf(*rows, shape=shape)])
+
+
+def test_one_field_in_five_stays_for_judging():
+    rows = [Record(f"{i}.tif", text="nuclei", group=f"field {i % 200}", extra={"licence_class": "open-CC0"}) for i in range(400)]
+    kept = may_learn(rows)
+    held = {r.group for r in rows} - {r.group for r in kept}
+    assert 20 <= len(held) <= 60 and not held & {r.group for r in kept}
+    assert may_learn(rows[:3]) == rows[:3]                      # too few fields to spare any
+
+
+def test_structures_take_turns():
+    many = {"Nuclei": [torch.zeros(1, 64, 64)] * 99, "ER": [torch.ones(1, 64, 64)]}
+    rng = np.random.default_rng(0)
+    assert 30 < sum(draw_crop(many, 32, rng)[1] == "ER" for _ in range(100)) < 70
+
+
+def test_trains_goes_on_and_starts_from_weights(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(prior, "Rounds", lambda simulate, seed, **more: Rounds(simulate, seed, **(more | {"n": 8})))
+    manifest = shelf(("nuclei", "open-CC0"))
+    options = dict(crops=4, device="cpu", config=BackboneConfig.tiny(), real=[manifest])
+    out = train_prior(tmp_path / "one", tmp_path / "work", steps=2, **options)
+    weights = load_weights(str(out))
+    assert set(weights.modules) == {"backbone", "prompts"}
+    card = (out / "card.md").read_text()
+    assert "1 open-CC0" in card and "--steps 2" in card and "as shipped" in card
+    again = train_prior(tmp_path / "two", tmp_path / "two-work", steps=1, lr=1e-4, start=str(out), **options)
+    assert f"gone on from {weights.id}" in (again / "card.md").read_text()
+    assert load_weights(str(again)).backbone.config == weights.backbone.config
