@@ -264,7 +264,7 @@ def test_weights_that_are_not_installed(tmp_path, monkeypatch):
         load_for_task("sr", samples=4)
     with pytest.raises(ZooError, match="mine: no such weights"):
         load_for_task("sr", model="mine")
-    with pytest.raises(RestoreError, match="no such task .found sharpen, expected sr"):
+    with pytest.raises(RestoreError, match="no such task .found sharpen, expected denoise, sr"):
         load_for_task("sharpen")
     save_toy(tmp_path / "nano-sr-direct")
     assert load_for_task("sr").name == "nano-sr-direct"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'SPLITS', 'GROUP', 'MARGIN_PX', 'find_percentile', 'scale_percentile', 'PairBatch', 'simulate_pairs',
-           'simulate_targets', 'degrade_images']
+           'simulate_targets', 'simulate_clean', 'degrade_images']
 
 # %% ../../nbs/lib/data/50_pairs.ipynb #46fb3d07
 from collections.abc import Sequence
@@ -72,6 +72,12 @@ class PairBatch:
 
     def __len__(self) -> int: return len(self.prompts)
 
+    def take(self, rows) -> "PairBatch":
+        "Some of the pairs, in the order given; a row may be taken twice."
+        rows, columns = [int(i) for i in rows], {name: value for name, value in vars(self).items() if value is not None}
+        return PairBatch(**{name: value[torch.as_tensor(rows, device=value.device)] if isinstance(value, torch.Tensor)
+                            else [value[i] for i in rows] for name, value in columns.items()})
+
 
 def _expose(density, setups, raw_frames: bool, generator) -> tuple[torch.Tensor, torch.Tensor]:
     "Target before scaling (B, 1, S, S) and camera counts (B, C, S/2, S/2) of densities with their margin."
@@ -91,6 +97,16 @@ def _expose(density, setups, raw_frames: bool, generator) -> tuple[torch.Tensor,
     return target, detect(signal * gain + background, [setup.camera for setup in setups], generator)
 
 # %% ../../nbs/lib/data/50_pairs.ipynb #05afae85
+def _clean(density, setups, pixel_um) -> dict:
+    "What a camera would count of these densities (with their margin) without noise, 99.9th percentile 1; every second one confocal."
+    blurred, sharp = widefield_and_target(density, [setup.optics for setup in setups])
+    confocal = (torch.arange(len(density), device=density.device) % 2 == 1).view(-1, 1, 1, 1)
+    inner = slice(MARGIN_PX // UPSAMPLING, -(MARGIN_PX // UPSAMPLING))
+    light = bin_to_camera(torch.where(confocal, sharp, blurred))[..., inner, inner]
+    peak = find_percentile(light, 99.9)
+    return dict(target=torch.where(peak > 0, light / peak.clamp(min=1e-30), 0), pixel_um=[UPSAMPLING * pixel_um] * len(density))
+
+
 def _simulate_group(prompt, n, size_px, keys, optics, device, kind, raw_frames, instances) -> dict:
     "One group of one prompt: a dict of the batch's columns."
     seed, split, number = keys
@@ -102,6 +118,8 @@ def _simulate_group(prompt, n, size_px, keys, optics, device, kind, raw_frames, 
     phantom = render(prompt, n, size_px + 2 * MARGIN_PX, pixel_um, scene, instances=instances)
     density = phantom.density[:, None].float()                                          # (n, 1, S, S)
     columns = dict(prompts=[prompt] * n, structures=[name] * n, setups=setups, pixel_um=[pixel_um] * n)
+    if kind == "clean":
+        return columns | _clean(density, setups, pixel_um)
     if kind == "targets":
         target = widefield_and_target(density, [setup.optics for setup in setups])[1]
     else:
@@ -188,6 +206,20 @@ def simulate_targets(
     "Truths alone, to train a prior; parameters as `simulate_pairs`, the same arguments give the same scenes."
     return _simulate(structures, n, size_px, seed, split, optics, device, brightness,
                      kind="targets", raw_frames=False, instances=instances)
+
+# %% ../../nbs/lib/data/50_pairs.ipynb #adec75e5
+def simulate_clean(
+    structures: str | Sequence[str],
+    n: int,
+    size_px: int = 128,                     # of the camera, even
+    seed: int = 0,
+    split: str = "train",
+    optics: OpticsRange | str | None = None,
+    device="cpu",
+) -> PairBatch:                             # targets on the camera's grid, background 0, 99.9th percentile 1, not clipped
+    "Noise-free images on the camera's grid; parameters as `simulate_pairs`."
+    return _simulate(structures, n, UPSAMPLING * size_px, seed, split, optics, device, None, kind="clean", raw_frames=False,
+                     instances=False)
 
 # %% ../../nbs/lib/data/50_pairs.ipynb #9a230946
 def degrade_images(

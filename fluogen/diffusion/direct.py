@@ -68,8 +68,14 @@ def restore_direct(
 
 
 def direct_loss(backbone, target: torch.Tensor, condition, prompt_states, schedule, config) -> torch.Tensor:
-    "Mean squared error of the clean image, model range; target is (B,1,H,W) in unit range. Its minimiser is the posterior mean."
-    return F.mse_loss(restore_direct(backbone, condition, prompt_states, schedule, config), to_model(target))
+    """Mean squared error of the clean image, model range; target is (B,1,H,W) in unit range. Its minimiser is the posterior mean.
+
+    Where the noise is known, an image counts by 1 / (0.02 + sigma): else the noisiest would be all that is learnt."""
+    restored = restore_direct(backbone, condition, prompt_states, schedule, config)
+    if config.matched:
+        weight = 1 / (0.02 + condition[:, 1:2].mean((2, 3), keepdim=True))
+        return (weight * (restored - to_model(target)).square()).mean()
+    return F.mse_loss(restored, to_model(target))
 
 # %% ../../nbs/lib/diffusion/50_direct.ipynb #7d0c242d
 def match_time(

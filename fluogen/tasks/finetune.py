@@ -102,9 +102,9 @@ class DirectFitter:
 
     @torch.no_grad()
     def restore(self, modules, condition, prompts) -> torch.Tensor:
-        "Unit range, (B,1,H,W), clipped."
+        "Unit range, (B,1,H,W), clipped; light, which has no upper end, only at 0."
         x0 = restore_direct(modules["backbone"], condition, modules["prompts"](prompts), self.schedule, self.config)
-        return to_unit(x0).clamp(0, 1)
+        return to_unit(x0).clamp(0, None if self.config.matched else 1)
 
 
 class NetworkFitter:

@@ -6,6 +6,7 @@
 __all__ = ['TASK_WEIGHTS', 'RestoreError', 'RestoreSettings', 'load_for_task', 'check_weights', 'check_prompt']
 
 # %% ../../nbs/lib/tasks/08_settings.ipynb #65d7c5eb
+import math
 from dataclasses import dataclass
 
 from ..core import FluogenError
@@ -16,6 +17,11 @@ from ..diffusion.zoo import Weights, ZooError, load_weights
 # %% ../../nbs/lib/tasks/08_settings.ipynb #704cba1c
 class RestoreError(FluogenError):
     "An image or a setting that cannot be restored."
+
+
+def _is_camera(camera) -> bool:
+    "Whether three numbers can be gain, offset and read noise."
+    return len(camera) == 3 and all(math.isfinite(value) for value in camera) and camera[0] > 0 and camera[2] >= 0
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class RestoreSettings:
     intensity: str = "flux"         # "flux": counts with the light of the input; "unit": the network's [0, 1]
     planewise: bool = False         # restore a Z stack plane by plane
     channel: int | None = None      # which colour of an RGB image, from 0
+    camera: tuple | None = None     # denoising: (gain, offset, read noise) of the camera; None: estimated from each plane
 
     def __post_init__(self):
         for key, wrong, expected in (
@@ -39,16 +46,18 @@ class RestoreSettings:
                 ("sampler", self.sampler not in SAMPLERS, ", ".join(SAMPLERS)),
                 ("tile_px", self.tile_px < 32, "32 or more"),
                 ("overlap_px", not 0 <= self.overlap_px < self.tile_px, "0 or more, less than tile_px"),
-                ("intensity", self.intensity not in ("flux", "unit"), "flux or unit")):
+                ("intensity", self.intensity not in ("flux", "unit"), "flux or unit"),
+                ("camera", self.camera is not None and not _is_camera(self.camera),
+                 "gain above 0 (counts per photoelectron), offset in counts, read noise in photoelectrons")):
             if wrong:
                 raise RestoreError("setting out of range", key, getattr(self, key), expected)
 
 # %% ../../nbs/lib/tasks/08_settings.ipynb #01ddb8c0
-TASK_WEIGHTS = {("sr", False): "nano-sr-direct", ("sr", True): "nano-sr"}
+TASK_WEIGHTS = {("sr", False): "nano-sr-direct", ("sr", True): "nano-sr", ("denoise", False): "nano-denoise"}
 
 
 def load_for_task(
-    task: str = "sr",               # "sr": super-resolution x2
+    task: str = "sr",               # "sr": super-resolution x2; "denoise"
     samples: int = 0,               # more than 0: weights with a control branch
     model: str | None = None,       # weights by name or folder, instead of those of the task
     device="cpu",
@@ -57,7 +66,9 @@ def load_for_task(
     tasks = sorted({t for t, _ in TASK_WEIGHTS})
     if task not in tasks:
         raise RestoreError("no such task", where="task", found=task, expected=", ".join(tasks))
-    name = model or TASK_WEIGHTS[task, samples > 0]
+    name = model or TASK_WEIGHTS.get((task, samples > 0))
+    if name is None:
+        raise RestoreError("no weights that draw samples for this task", where="samples", found=f"task {task}", hint="Leave samples out.")
     try:
         return load_weights(name, device)
     except ZooError as error:
@@ -76,7 +87,7 @@ def check_weights(weights: Weights, settings: RestoreSettings) -> None:
             raise RestoreError(what, where=config.get("name", weights.name), **more)
 
     refuse(not {"backbone", "prompts"} <= set(have) or "scale" not in config or weights.schedule is None,
-           "these weights restore nothing", found=f"task {config.get('task')}", expected="task sr")
+           "these weights restore nothing", found=f"task {config.get('task')}", expected="task sr or denoise")
     refuse(settings.samples == 0 and weights.direct is None, "these weights give samples, not a mean",
            hint="Ask for samples=4 (--samples 4).")
     refuse(settings.samples > 0 and "control" not in have, "these weights give a mean, not samples",
