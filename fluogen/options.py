@@ -10,7 +10,7 @@ __all__ = ['RECIPES', 'FINETUNE_TASKS', 'Parser', 'make_parser', 'add_restore', 
 import argparse
 
 # %% ../nbs/lib/88_options.ipynb #4ac0be18
-RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "bench30")
+RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "bench30", "encoder", "score-prior", "brightness")
 FINETUNE_TASKS = ("sr",)
 
 # %% ../nbs/lib/88_options.ipynb #598176f7
@@ -109,7 +109,8 @@ def add_train(commands):
     add("--rate", type=float, default=5e-4, help="nano…: learning rate at the beginning (default 5e-4)")
     add("--device", default="auto")
     add("--seed", type=int, default=0)
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="bench30: training seeds")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="bench30, brightness: training seeds")
+    add("--per-prompt", type=int, default=64, help="score-prior: pictures of each prompt, a multiple of 4 (default 64)")
     add("--methods", nargs="+", help="bench30: methods (default: all)")
     add("--seconds", type=float, default=60.0, help="bench30: the common time a method")
     add("--workers", type=int, default=1, help="bench30: methods trained at once")
