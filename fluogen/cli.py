@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'RUN', 'Progress', 'run_restore', 'run_generate', 'run_weights', 'train_the_encoder', 'score_the_prior',
-           'compare_processes', 'run_train', 'run_check', 'run_finetune', 'run_doctor', 'main']
+           'compare_processes', 'compare_denoisers', 'count_pairs', 'run_train', 'run_check', 'run_finetune',
+           'run_doctor', 'main']
 
 # %% ../nbs/lib/90_cli.ipynb #394c749b
 import sys
@@ -46,7 +47,7 @@ def run_restore(args) -> int:
     settings = RestoreSettings(
         prompt=args.prompt, samples=args.samples, passes=args.passes, seed=args.seed,
         tile_px=args.tile, overlap_px=min(32, args.tile // 2),
-        intensity=args.intensity, planewise=args.planewise, channel=args.channel)
+        intensity=args.intensity, planewise=args.planewise, channel=args.channel, camera=args.camera)
     files, began, bad, kept = list_images(args.input, args.output), time.monotonic(), [], 0
     device = choose_device(args.device)
     why = "" if args.device != "auto" else " (auto: no GPU found)" if device.type == "cpu" else " (auto)"
@@ -123,7 +124,20 @@ def compare_processes(args, out: Path, work: Path) -> Path:
     return run_brightness(out, work, args.seeds, args.minutes, **steps)
 
 
-STUDIES = {"encoder": train_the_encoder, "score-prior": score_the_prior, "brightness": compare_processes}
+def compare_denoisers(args, out: Path, work: Path) -> Path:
+    "Fit and score what figure 5 compares."
+    from fluogen.tasks.bench_denoise import run_bench
+    return run_bench(out, work, args.dataset, seeds=args.seeds, methods=args.methods, seconds=args.seconds, workers=args.workers)
+
+
+def count_pairs(args, out: Path, work: Path) -> Path:
+    "Fit and score for the curve of quality against the number of pairs."
+    from fluogen.tasks.bench_pairs import run_curve
+    return run_curve(out, work, seeds=args.seeds, methods=args.methods, seconds=args.seconds, workers=args.workers)
+
+
+STUDIES = {"encoder": train_the_encoder, "score-prior": score_the_prior, "brightness": compare_processes,
+           "bench-denoise": compare_denoisers, "bench-pairs": count_pairs}
 
 # %% ../nbs/lib/90_cli.ipynb #60b4e02f
 def run_train(args) -> int:
@@ -141,10 +155,13 @@ def run_train(args) -> int:
         made = run_bench(out, work if simulated else work / "real", seeds=args.seeds, methods=args.methods, seconds=args.seconds,
                          workers=args.workers, dataset=args.dataset, record="scores" if simulated else "real",
                          n_per_structure=4 if simulated else 25)
+    elif args.recipe == "nano-denoise":
+        from fluogen.tasks.denoise import train_denoise
+        made = train_denoise(out / args.recipe, work, base=args.base, start=args.start, steps=args.steps, lr=args.rate, **common)
     elif args.recipe in STUDIES:
         made = STUDIES[args.recipe](args, out, work)
         print(made, flush=True)
-        _say("look at what lies in that folder; figures 3 and 3b show it")
+        _say("look at what lies in that folder; the figures show it")
         return 0
     else:
         from fluogen.tasks.recipes import train_sr
@@ -182,7 +199,7 @@ def run_check(args) -> int:
 def run_finetune(args) -> int:
     "Tune shipped weights on one's own pairs; Ctrl-C keeps a checkpoint, and the same command goes on."
     from fluogen.tasks.own_pairs import adapt
-    made = adapt(args.manifest, args.name, base=args.model or "", samples=args.samples, minutes=args.minutes, work=args.work,
+    made = adapt(args.manifest, args.name, task=args.task, base=args.model or "", samples=args.samples, minutes=args.minutes, work=args.work,
                  out=args.out, seed=args.seed, device=args.device, say=_say)
     for line in str(made).splitlines():
         _say(line)

@@ -214,7 +214,7 @@ def test_command(folder, tmp_path, capsys):
     listed, sheet = tmp_path / "pairs.jsonl", tmp_path / "sheet.png"
     assert main(["check", str(folder), "--manifest", str(listed), "--sheet", str(sheet)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "images      5 pairs" and "does not ship yet" in said[-1]
+    assert said[0] == "images      5 pairs" and "--task denoise" in said[-1]
     assert sheet.read_bytes()[:4] == b"\x89PNG" and len(listed.read_text().splitlines()) == 5
     assert main(["check", str(listed)]) == 0
     PLANTS["shifted"](folder)

@@ -62,5 +62,5 @@ def next_step(
     if manifest is None:
         return f"write the list of pairs: fluogen check {report.source} --manifest pairs.jsonl"
     if scales <= {1}:
-        return "the pairs are in order; a model for images of equal size (denoising) does not ship yet"
+        return f"tune a denoiser on them: fluogen finetune {manifest} --task denoise --name NAME"
     return f"tune a model on them: fluogen finetune {manifest} --name NAME"

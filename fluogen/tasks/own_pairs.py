@@ -15,15 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import FluogenError, choose_device, make_rng
+from ..core import FluogenError, choose_device, hash_array, make_rng
 from ..data.intensity import scale_to_unit
 from ..data.io import read_image
 from ..data.registry import load_dataset
+from ..data.stabilise import STABLE
 from ..diffusion.direct import upsample
 from ..diffusion.zoo import Weights, load_weights, save_weights, weight_folders
 from .bench30 import TUNE_CONFIG, pace
+from .denoise import noisy_light
 from .finetune import ControlFitter, DirectFitter, FitConfig, Pairs, fit, validation_psnr
+from .noisy_pairs import read_noisy_pair
 from .recipes import module_configs
+from .settings import load_for_task
 
 # %% ../../nbs/lib/tasks/47_own_pairs.ipynb #928242fc
 TILE_PX = 128           # largest side of a tile, target grid
@@ -61,12 +65,20 @@ def cut_pair(target: torch.Tensor, condition: torch.Tensor, tile_px: int) -> lis
             for y in range((h % part) // 2, h - part + 1, part) for x in range((w % part) // 2, w - part + 1, part)]
 
 
-def read_pairs(source: str | Path, scale: int = 2) -> tuple[Pairs, list[str]]:
-    "Tiles of every usable pair of a manifest or data set, and one line for each pair that was left out."
-    pairs, notes = [], []
+def read_pairs(source: str | Path, scale: int = 2, norm: str = "") -> tuple[Pairs, list[str]]:
+    "Tiles of every usable pair of a manifest or data set, shown as `norm` says, and one line for each pair that was left out."
+    pairs, notes, seen = [], [], {}
     for record in load_dataset(source):
         try:
-            pairs.append((record, *read_pair(record, scale)[:2]))
+            if norm == STABLE:
+                target, condition, _, said = read_noisy_pair(record)
+                notes += said
+            else:
+                target, condition, _ = read_pair(record, scale)
+            twin = seen.setdefault(hash_array(condition.numpy()), record.conditioning_image)
+            if twin != record.conditioning_image:
+                raise OwnPairsError("repeats another input pixel for pixel", where=record.conditioning_image, found=twin)
+            pairs.append((record, target, condition))
         except FluogenError as error:
             notes.append(f"left out: {error}")
     if not pairs:
@@ -97,7 +109,7 @@ class Adapted:
     "What tuning did, in numbers measured on the groups set aside (PSNR in dB, data range 1)."
     name: str
     folder: Path
-    enlarged: float             # plain bicubic enlargement
+    enlarged: float             # the input itself: plain bicubic enlargement, or the noisy image
     before: float               # the model as it came
     after: float                # as it is now
     n_train: int                # tiles
@@ -106,7 +118,7 @@ class Adapted:
     alarm: str                  # "" or what to be careful about
 
     def __str__(self):
-        said = (f"{self.name}: {self.before:.2f} dB before, {self.after:.2f} dB after tuning, {self.enlarged:.2f} dB plain enlargement "
+        said = (f"{self.name}: {self.before:.2f} dB before, {self.after:.2f} dB after tuning, {self.enlarged:.2f} dB the input itself "
                 f"({self.n_held} tiles of cells set aside)")
         return said + (f"\n{self.alarm}" if self.alarm else "")
 
@@ -129,7 +141,7 @@ def find_alarm(before: float, after: float, values: list[float]) -> str:
 def adapt(
     source: str | Path,             # manifest or name of a data set
     name: str,                      # of the new weights
-    base: str = "",                 # weights to begin with; default nano-sr-direct, or nano-sr with `samples`
+    base: str = "",                 # weights to begin with; default: those of the task
     samples: bool = False,          # tune the control branch, which draws samples
     minutes: float | None = None,   # time box; the same call goes on
     work: str | Path = "runs/finetune",
@@ -138,14 +150,17 @@ def adapt(
     device: str = "auto",
     config: FitConfig | None = None,
     say=print,                      # called with one line at a time
+    task: str = "sr",               # "sr" or "denoise"
 ) -> Adapted:
     "Tune shipped weights on one's own pairs. Raises `OwnPairsError` for pairs that cannot be used, `KeyboardInterrupt` after Ctrl-C."
     if not name or name in (".", "..") or set(name) & set('/\\\\:*?"<>|'):
         raise OwnPairsError("not a name for weights", where="name", found=name, expected="letters, digits, - and _")
-    base = base or ("nano-sr" if samples else "nano-sr-direct")
-    weights = load_weights(base, choose_device(device))
+    weights = load_for_task(task, int(samples), base or None, choose_device(device))
+    if weights.config.get("task") != task:
+        raise OwnPairsError("weights of another task", where=base, found=weights.config.get("task"), expected=task)
+    base = base or weights.name
     fitter = ControlFitter(weights) if samples else DirectFitter(weights, weights.direct)
-    pairs, notes = read_pairs(source, weights.config["scale"])
+    pairs, notes = read_pairs(source, weights.config["scale"], weights.config["norm"])
     for note in notes:
         say(note)
     training, held = split_pairs(pairs, seed)
@@ -154,7 +169,8 @@ def adapt(
         f"at most {estimate_minutes(fitter, training, config):.1f} minutes")
     place = next(fitter.modules.parameters()).device
     held_there = Pairs(held.target.to(place), held.condition.to(place), held.prompts, held.groups)
-    enlarged = (upsample(held.condition, held.scale).clamp(0, 1) - held.target).square().mean((1, 2, 3)).clamp_min(1e-10)
+    plain = noisy_light(held.condition) if weights.config["norm"] == STABLE else upsample(held.condition, held.scale).clamp(0, 1)
+    enlarged = (plain - held.target).square().mean((1, 2, 3)).clamp_min(1e-10)
     before = validation_psnr(fitter, fitter.modules, held_there)
     result = fit(fitter, training, held, config, Path(work) / name)
     after = validation_psnr(fitter, fitter.modules, held_there)
@@ -171,10 +187,10 @@ def keep_adapted(made: Adapted, fitter, weights: Weights, base: str, source, con
     card = {"summary": f"{weights.id} tuned on {Path(source).name}.",
             "data": f"{made.n_train} tiles to learn from, {made.n_held} of other groups to stop by.",
             "licence": "That of the images it was tuned on; ask their owner before you pass it on.",
-            "recipe": f"fluogen finetune {Path(source).name} --name {made.name}",
+            "recipe": f"fluogen finetune {Path(source).name} --task {about['task']} --name {made.name}",
             "training": {"steps": made.steps, "blend": config.blend, "rate": config.lr},
             "scores": {"PSNR (dB) before": round(made.before, 2), "PSNR (dB) after": round(made.after, 2),
-                       "PSNR (dB) of plain enlargement": round(made.enlarged, 2)},
+                       "PSNR (dB) of the input itself": round(made.enlarged, 2)},
             "limits": made.alarm or "Measured on few cells of one laboratory; other stains and microscopes were not seen."}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
