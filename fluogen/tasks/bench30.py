@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['BENCH_CONFIG', 'TUNE_CONFIG', 'MANY_CONFIG', 'MAX_VALIDATION', 'METHODS', 'RANDOM_START', 'LEARNED', 'OURS', 'APART',
-           'Method', 'make_fitter', 'pace', 'run_method', 'load_method', 'run_jobs', 'fit_all']
+           'Method', 'make_fitter', 'draw_pairs', 'pace', 'run_method', 'load_method', 'run_jobs', 'fit_all']
 
 # %% ../../nbs/lib/tasks/50_bench30.ipynb #6f782d3e
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -69,6 +71,11 @@ def make_fitter(method: str, seed: int):
     return DirectFitter(weights, weights.direct)
 
 
+def draw_pairs(method: str, seed: int, n_pairs: int, dataset: str) -> tuple[Pairs, Pairs]:
+    "What a method learns from, and what it is stopped by."
+    return draw_thirty(seed, n_pairs, dataset, METHODS[method].frames == 9)
+
+
 def pace(fitter, pairs: Pairs, config: FitConfig, repeats: int = 4) -> float:
     "Seconds a training step takes at best: forward and backward on real batches, nothing updated."
     best = float("inf")
@@ -90,18 +97,20 @@ def run_method(
     config: FitConfig | None = None,        # default: the method's own
     n_pairs: int | None = None,
     dataset: str = "simulated",     # or where the real images come from, see `fluogen.tasks.thirty`
+    bench: str = "fluogen.tasks.bench30",       # module with METHODS, make_fitter and draw_pairs
 ) -> dict:
     "Fit one method on one draw of the pairs; keeps the best weights in time and ever. A finished one is not run again."
     folder = Path(folder)
     if (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
-    n_pairs = METHODS[method].n_pairs if n_pairs is None else n_pairs
+    suite = import_module(bench)
+    n_pairs = suite.METHODS[method].n_pairs if n_pairs is None or not suite.METHODS[method].n_pairs else n_pairs
     if not n_pairs:
         return _report(folder, {"method": method, "seed": seed, "steps": 0})
-    config = replace(config or METHODS[method].config, seed=seed)
-    pairs, validation = draw_thirty(seed, n_pairs, dataset, METHODS[method].frames == 9)
+    config = replace(config or suite.METHODS[method].config, seed=seed)
+    pairs, validation = suite.draw_pairs(method, seed, n_pairs, dataset)
     validation = validation.take(list(range(min(len(validation), MAX_VALIDATION))))
-    fitter = make_fitter(method, seed)
+    fitter = suite.make_fitter(method, seed)
     step_s = pace(fitter, pairs, config)
     in_time = int(seconds / step_s)
 
@@ -126,14 +135,15 @@ def _report(folder: Path, report: dict) -> dict:
     return report
 
 
-def load_method(method: str, seed: int, folder: str | Path, which: str = "best"):
+def load_method(method: str, seed: int, folder: str | Path, which: str = "best", bench: str = "fluogen.tasks.bench30"):
     "A fitter with the weights that `run_method` kept: 'best' ever or 'in_time'; as they were where nothing was fitted."
-    fitter = make_fitter(method, seed)
-    if METHODS[method].n_pairs:
+    suite = import_module(bench)
+    fitter = suite.make_fitter(method, seed)
+    if suite.METHODS[method].n_pairs:
         start = {name: value.clone() for name, value in fitter.modules.state_dict().items()}
         tensors, _ = load_tensors(Path(folder) / f"{which}.safetensors")
         copy_into({n: v for n, v in (*fitter.modules.named_parameters(), *fitter.modules.named_buffers()) if n in tensors}, tensors)
-        blend_weights(fitter.modules, start, METHODS[method].config.blend)
+        blend_weights(fitter.modules, start, suite.METHODS[method].config.blend)
     fitter.modules.eval().requires_grad_(False)
     return fitter
 

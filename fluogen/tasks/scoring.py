@@ -38,9 +38,8 @@ def packing(method: str) -> dict:
     return {"method": "int8", "base": None if method in RANDOM_START else METHODS[method].base, "rank": METHODS[method].rank}
 
 
-def pack_round_trip(fitter, method: str):
-    "What the packing does to a fitter's weights."
-    how = packing(method)
+def pack_round_trip(fitter, how: dict):
+    "What a packing does to a fitter's weights."
     origin = {k: m.state_dict() for k, m in load_weights(how["base"]).modules.items()} if how["base"] else {}
     for name, module in fitter.modules.items():
         packed = pack_state(module.state_dict(), how["method"], origin.get(name), how["rank"])
@@ -105,7 +104,7 @@ def score_method(method: str, seed: int, folder, fields: dict) -> list[dict]:
     for which in ("best", "in_time"):
         if which == "in_time" and (method not in LEARNED or not (Path(folder) / "in_time.safetensors").is_file()):
             continue
-        fitter = pack_round_trip(load_method(method, seed, folder, which), method)
+        fitter = pack_round_trip(load_method(method, seed, folder, which), packing(method))
         for kind, batch in fields.items():
             for way, options in list_ways(method, kind).items():
                 scores = score_fields(restore_fields(fitter, batch, **options), batch, full=kind == "held-out" and which == "best")
