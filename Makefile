@@ -76,6 +76,7 @@ weights: $(STAMP)
 	@echo '  .venv/bin/fluogen train nano             the backbone, all structures and prompts'
 	@echo '  .venv/bin/fluogen train nano-sr-direct   super-resolution in one pass'
 	@echo '  .venv/bin/fluogen train nano-sr          super-resolution by the control branch: samples'
+	@echo '  .venv/bin/fluogen train heads            intervals of both, calibrated (figure 9)'
 	@echo '  .venv/bin/fluogen train bench30          all that figure 4 compares'
 	@echo '--minutes is the time box of one call; on a GPU the same commands take larger steps.'
 

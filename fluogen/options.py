@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'FINETUNE_TASKS', 'Parser', 'make_parser', 'read_camera', 'add_restore', 'add_generate', 'add_finetune',
-           'add_train', 'add_check']
+           'add_calibrate', 'add_train', 'add_check']
 
 # %% ../nbs/lib/88_options.ipynb #28749868
 import argparse
 
 # %% ../nbs/lib/88_options.ipynb #4ac0be18
-RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "bench30", "nano-denoise", "bench-denoise", "bench-pairs", "encoder", "score-prior", "brightness")
+RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "heads", "bench30", "nano-denoise", "bench-denoise", "bench-pairs", "encoder", "score-prior", "brightness")
 FINETUNE_TASKS = ("sr", "denoise")
 
 # %% ../nbs/lib/88_options.ipynb #598176f7
@@ -31,6 +31,7 @@ def make_parser(version: str) -> Parser:
     weights = commands.add_parser("weights", help="list weights, or show one card")
     weights.add_argument("name", nargs="?")
     add_finetune(commands)
+    add_calibrate(commands)
     add_train(commands)
     add_check(commands)
     commands.add_parser("doctor", help="what works on this machine")
@@ -66,6 +67,12 @@ def add_restore(commands):
     add("--channel", type=int, help="which colour of an RGB image, from 0")
     add("--intensity", default="flux", choices=("flux", "unit"), help="counts (flux, default) or 0..1 (unit)")
     add("--dtype", default="float32", choices=("float32", "uint16", "uint8", "same"), help="default float32")
+    add("--interval", action="store_true", help="write two maps beside each result, NAME.lower.tif and NAME.upper.tif: same size, pixel "
+        "size and grey scale, so Fiji opens the three alike (Image > Stacks > Images to Stack, or Image Calculator for the width). "
+        "Only with a calibration for exactly these weights and settings; where an image lies outside its range, the maps are "
+        "named NAME.lower.not-covered.tif")
+    add("--calibration", metavar="FILE", help="of fluogen calibrate, for --interval (default: the one shipped with the weights, "
+        "which speaks of simulated images)")
     add("--tile", type=int, default=256, metavar="PX", help="side of a tile in camera pixels (default 256)")
     add("--memory", type=float, metavar="GB", help="refuse what needs more (default: what is free)")
 
@@ -105,6 +112,24 @@ def add_finetune(commands):
     add("--device", default="auto")
 
 
+def add_calibrate(commands):
+    "Options of `fluogen calibrate`."
+    command = commands.add_parser("calibrate", help="measure on your own pairs how wide an interval must be to keep its promise")
+    add = command.add_argument
+    add("manifest", help="manifest of pairs (image, conditioning_image, group), or the name of a data set; a group is a cell or field of "
+        "view, and only groups count")
+    add("--model", help="weights by name or folder (default: those of fluogen restore)")
+    add("--alpha", type=float, default=0.1, help="share of pixels that may be missed (default 0.1)")
+    add("--delta", type=float, default=0.1, help="probability that the promise fails (default 0.1)")
+    add("--out", metavar="FILE", help="calibration file (default calibration-MODEL.json)")
+    add("--family", help="quantile, residual (direct), quantile, spread (control); default: the narrowest that is known")
+    add("--prompt", default="", help="as you will say it to fluogen restore (default: nothing)")
+    add("--samples", type=int, default=0, metavar="N", help="as for fluogen restore (default: the direct adaptation)")
+    add("--passes", type=int, default=4, help="network passes a sample (default 4)")
+    add("--seed", type=int, default=0, help="of the samples' noise (default 0)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+
+
 def add_train(commands):
     "Options of `fluogen train`."
     command = commands.add_parser("train", help="make weights again")
@@ -126,6 +151,7 @@ def add_train(commands):
     add("--seconds", type=float, default=60.0, help="bench…: the common time a method")
     add("--workers", type=int, default=1, help="bench…: methods trained at once")
     add("--dataset", default="simulated", help="bench30: simulated (default), or clean images under a simulated microscope; bench-denoise: or real pairs")
+    add("--models", nargs="+", metavar="NAME", help="heads: weights that get intervals (default: nano-sr-direct nano-sr)")
 
 # %% ../nbs/lib/88_options.ipynb #597ed06c
 def add_check(commands):

@@ -259,3 +259,9 @@ def test_a_failure_while_saving_leaves_the_old_set(cache, monkeypatch):
         assert {p.name: p.read_bytes() for p in old.iterdir()} == before and os.listdir(cache) == ["toy"]
     monkeypatch.setattr(files, "_flush", real)
     assert load_weights("toy").id != load_weights(str(save_toy(cache / "toy", seed=1))).id
+
+
+def test_the_same_numbers_make_the_same_file(tmp_path):
+    "A file's hash is the name by which differences and calibrations find their base."
+    weights = [load_weights(str(save_toy(tmp_path / f"{i}" / "toy"))).id for i in range(6)]
+    assert len(set(weights)) == 1

@@ -56,3 +56,18 @@ def save_toy(folder, kind="direct", seed=0, **options):
     direct = asdict(weights.direct) if weights.direct else None
     about = ABOUT | {"adaptation": kind, "modules": configs, "direct": direct}
     return save_weights(folder, states, about, CARD, **options)
+
+
+def save_interval_toy(folder, seed=0):
+    "A toy that hands a dimmed bicubic image through, and heads beside it whose intervals are poor but can be certified."
+    from fluogen.diffusion.quantiles import HeadsConfig, QuantileHeads
+    weights = make_weights(seed=seed)
+    torch.nn.init.zeros_(weights.backbone.head.weight)
+    torch.nn.init.zeros_(weights.backbone.head.bias)
+    configs = {name: module.config if isinstance(module.config, dict) else module.config.to_dict() for name, module in weights.modules.items()}
+    about = ABOUT | {"adaptation": "direct", "modules": configs, "direct": asdict(weights.direct)}
+    made = save_weights(folder, {name: module.state_dict() for name, module in weights.modules.items()}, about, CARD)
+    heads = QuantileHeads(HeadsConfig.from_backbone(TINY))
+    save_weights(made.parent / f"{made.name}-heads", {"heads": heads.state_dict()}, {"task": "interval", "modules": {"heads": heads.config.to_dict()}},
+                 CARD, base=str(made))
+    return made

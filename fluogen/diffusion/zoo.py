@@ -121,7 +121,7 @@ def save_weights(
     if base:
         base_config = _read_config(find_weights(base))
         config["base"] = {"name": base_config["name"], "sha256": base_config["sha256"]}
-    data = save_tensors(packed, {"config_sha256": _config_hash(config), "format": "fluogen-1"})
+    data = save_tensors(packed, {"config_sha256": _config_hash(config)})      # one key: the file's order of several is random
     config["sha256"] = hashlib.sha256(data).hexdigest()
     config["card"] = card
     parts = {"weights.safetensors": data, "config.json": json.dumps(config, indent=1).encode() + b"\n",

@@ -1,0 +1,118 @@
+"fluogen calibrate and fluogen restore --interval: one line for a mistake, no map without a calibration."
+import json
+import re
+
+import numpy as np
+import pytest
+from test_intervals import draw_pair, write_pairs
+from toys import save_interval_toy, save_toy
+
+from fluogen.cli import main
+from fluogen.data.io import read_image, write_image
+from fluogen.tasks import heads
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_interval_toy(tmp_path_factory.mktemp("weights") / "toy"))
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err.splitlines()
+    return call
+
+
+@pytest.fixture(scope="module")
+def calibration(model, tmp_path_factory):
+    "A calibration file on 24 pairs, made by the command."
+    folder = tmp_path_factory.mktemp("pairs")
+    out = folder / "mine.json"
+    assert main(["calibrate", str(write_pairs(folder, range(24))), "--model", model, "--alpha", "0.2", "--device", "cpu", "--out", str(out)]) == 0
+    return out
+
+
+def test_calibrate_says_what_may_be_relied_on(run, model, tmp_path):
+    code, out, err = run("calibrate", write_pairs(tmp_path, range(24)), "--model", model, "--alpha", "0.2", "--device", "cpu", "--out", tmp_path / "c.json")
+    assert code == 0 and out == f"{tmp_path / 'c.json'}\n" and json.loads((tmp_path / "c.json").read_text())["n"] == 24
+    assert re.match(r"with probability 90%, at most 20% of the pixels are missed; factor .*, n = 24; mean width 0\.\d+ of the range", err[0])
+    assert err[-1] == f"to use it: fluogen restore IN OUT --interval --calibration {tmp_path / 'c.json'} --model {model}"
+
+
+@pytest.mark.parametrize(("n", "options", "says"), [
+    (12, [], "too few groups (cells or fields of view) to certify anything (found 12, expected at least 22 for alpha 0.1 and delta 0.1). Bring 10"),
+    (12, ["--alpha", "0.01"], "at least 230"), (3, ["--alpha", "1.5"], "0 < level < 1"), (3, ["--delta", "0"], "0 < level < 1"),
+    (24, ["--family", "spread"], "no such family for the direct adaptation (found spread, expected quantile or residual)"),
+    (24, ["--samples", "4"], "not samples"), (24, ["--prompt", "zebra"], "unknown prompt")])
+def test_what_cannot_be_calibrated_is_one_line(run, model, tmp_path, n, options, says):
+    code, out, err = run("calibrate", write_pairs(tmp_path, range(n)), "--model", model, "--device", "cpu", "--out", tmp_path / "c.json", *options)
+    assert code == 2 and out == "" and len(err) == 1 and err[0].startswith("fluogen: ") and says in err[0]
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_weights_without_heads_are_refused(run, tmp_path):
+    plain = save_toy(tmp_path / "plain")
+    code, out, err = run("calibrate", write_pairs(tmp_path, range(24)), "--model", plain, "--device", "cpu")
+    assert code == 2 and len(err) == 1 and "these weights have no heads" in err[0] and "fluogen train heads --models" in err[0]
+
+
+def test_maps_beside_the_result(run, model, calibration, tmp_path):
+    write_image(tmp_path / "a.tif", draw_pair(100)[0], pixel_um={"Y": 0.06, "X": 0.06})
+    go = ("restore", tmp_path / "a.tif", tmp_path / "out.tif", "--model", model, "--device", "cpu", "--interval", "--calibration", calibration)
+    code, out, err = run(*go)
+    assert code == 0 and out == f"{tmp_path / 'out.tif'}\n"
+    assert err[1].startswith("interval: with probability 90%, at most 20% of the pixels are missed")
+    restored, low, high = (read_image(tmp_path / f"out{name}.tif") for name in ("", ".lower", ".upper"))
+    assert (low.array <= restored.array + 0.01).all() and (restored.array <= high.array + 0.01).all()
+    assert low.pixel_um == restored.pixel_um == {"Y": 0.03, "X": 0.03}
+    assert "a.tif: kept, it was there already" in run(*go)[2]
+
+
+def test_an_input_out_of_range_is_flagged(run, model, calibration, tmp_path):
+    write_image(tmp_path / "a.tif", draw_pair(100, gain=40)[0])
+    code, out, err = run("restore", tmp_path / "a.tif", tmp_path / "out.tif", "--model", model, "--device", "cpu", "--calibration", calibration)
+    notes = [line for line in err if line.startswith("note: ")]
+    assert code == 0 and len(notes) == 1 and "not covered: input outside the calibration range" in notes[0]
+    assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.lower.not-covered.tif", "out.tif", "out.upper.not-covered.tif"]
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ([], "no calibration, so no interval. Make one on your own pairs: fluogen calibrate MANIFEST"),
+    (["--prompt", "ER of COS-7"], "calibrated for another prompt"), (["--calibration", "absent.json"], "absent.json: no calibration")])
+def test_no_interval_without_its_calibration(run, model, calibration, tmp_path, options, says):
+    write_image(tmp_path / "a.tif", draw_pair(100)[0])
+    given = ["--calibration", calibration] if "--prompt" in options else []
+    code, out, err = run("restore", tmp_path / "a.tif", tmp_path / "out.tif", "--model", model, "--device", "cpu", "--interval", *given, *options)
+    wrong = [line for line in err if line.startswith("fluogen: ")]
+    assert code == 2 and out == "" and len(wrong) == 1 and says in wrong[0] and not list(tmp_path.glob("out*"))
+
+
+def test_another_model_is_refused(run, calibration, tmp_path):
+    other = save_interval_toy(tmp_path / "toy", seed=7)
+    write_image(tmp_path / "a.tif", draw_pair(100)[0])
+    code, out, err = run("restore", tmp_path / "a.tif", tmp_path / "out.tif", "--model", other, "--device", "cpu", "--calibration", calibration)
+    assert code == 2 and "calibrated for another weights" in err[-1] and not (tmp_path / "out.tif").exists()
+
+
+def test_help_says_what_lies_beside_what(run):
+    code, out, err = run("restore", "--help")
+    said = " ".join(out.split())
+    assert "NAME.lower.tif and NAME.upper.tif" in said and "not-covered" in said and "Fiji" in said
+    code, out, err = run("calibrate", "--help")
+    assert code == 0 and out.startswith("usage: fluogen calibrate") and "--alpha" in out and "only groups count" in " ".join(out.split())
+
+
+def test_train_heads_hands_its_options_on(run, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(heads, "train_heads", lambda out, work, **more: calls.append((out, work, more)) or [out / "x-heads"])
+    code, out, err = run("train", "heads", "--out", tmp_path, "--work", tmp_path / "w", "--minutes", "3", "--models", "a", "b", "--device", "cpu")
+    assert code == 0 and out == f"{tmp_path / 'x-heads'}\n" and "--interval" in err[0]
+    assert calls[0][:2] == (tmp_path, tmp_path / "w" / "heads") and calls[0][2]["models"] == ["a", "b"] and calls[0][2]["minutes"] == 3
+    run("train", "heads", "--out", tmp_path)
+    assert calls[1][2]["models"] == heads.MODELS and np.isclose(calls[1][2]["minutes"], 40)

@@ -1,0 +1,276 @@
+"Intervals around restored images: the families, what a calibration is bound to, own pairs, maps on disk."
+import json
+
+import numpy as np
+import pytest
+import torch
+from toys import make_weights, save_interval_toy, save_toy, shake
+
+from fluogen.core import make_rng
+from fluogen.data.io import Image, read_image, write_image
+from fluogen.diffusion.quantiles import HeadsConfig, QuantileHeads
+from fluogen.diffusion.zoo import Weights, load_weights
+from fluogen.tasks import certified, heads, intervals
+from fluogen.tasks.certified import Certified, calibrate_source, certify, choose_family, read_fields
+from fluogen.tasks.folders import restore_file
+from fluogen.tasks.intervals import SIDE, Field, calibrate_fields, field_sets, find_heads, load_heads, restore_sets, system_facts
+from fluogen.tasks.restore import restore_image, restore_unit
+from fluogen.tasks.settings import RestoreSettings
+from fluogen.uncertainty.certificate import save_calibration
+from fluogen.uncertainty.families import CalibrationError
+
+PIXEL = {"Y": 0.06, "X": 0.06}
+CHAIN = RestoreSettings(samples=2, passes=2)
+
+
+def draw_pair(number, gain=1.0, size=20):
+    "Counts (size,size) and truth (2 size,2 size): discs, blurred by the camera's pixels."
+    rng = make_rng(number, "pair")
+    rows, columns = np.indices((2 * size, 2 * size))
+    scene = sum((np.hypot(rows - rng.uniform(0, 2 * size), columns - rng.uniform(0, 2 * size)) < 5) * rng.uniform(0.5, 1) for _ in range(6))
+    light = scene.reshape(size, 2, size, 2).mean((1, 3))
+    counts = 100 + gain * rng.poisson(20 + 200 * light)
+    return counts.astype(np.uint16), np.clip(scene / np.percentile(scene, 99.9), 0, 1).astype(np.float32)
+
+
+def draw_fields(n, first=0):
+    return [Field(*draw_pair(first + i), f"cell{first + i}") for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    "(folder of the model, its weights, its heads, a calibration on 40 fields, its file)"
+    folder = save_interval_toy(tmp_path_factory.mktemp("weights") / "toy")
+    weights = load_weights(str(folder))
+    own = load_heads(weights, str(folder))
+    calibration = calibrate_fields(draw_fields(40), weights, alpha=0.2, heads=own)
+    save_calibration(calibration, find_heads(weights, str(folder)) / "calibration.json")
+    return folder, weights, own, calibration, find_heads(weights, str(folder)) / "calibration.json"
+
+
+def control_system():
+    weights = make_weights("control")
+    velocity = QuantileHeads(HeadsConfig.from_backbone(weights.backbone.config, "velocity"))
+    shake(velocity)
+    return weights, Weights("control-heads", {"sha256": "2" * 64}, {"heads": velocity})
+
+
+# ---- raw intervals
+
+@pytest.mark.parametrize("family", ("quantile", "residual"))
+def test_direct_families_stand_around_the_restored_picture(toy, family):
+    _, weights, own, *_ = toy
+    unit = torch.rand(1, 21, 18)
+    for settings in (RestoreSettings(), RestoreSettings(tile_px=32, overlap_px=8)):
+        mean, lower, upper = restore_sets(unit, weights, settings, heads=own, family=family)
+        assert torch.equal(mean, restore_unit(unit, weights, settings)) and mean.shape == (42, 36)
+        assert bool((mean - lower >= SIDE - 1e-7).all() and (upper - mean >= SIDE - 1e-7).all())
+
+
+@pytest.mark.parametrize("family", ("quantile", "spread"))
+def test_control_families_stand_around_the_mean_of_the_samples(family):
+    weights, own = control_system()
+    unit = torch.rand(1, 12, 14)
+    mean, lower, upper = restore_sets(unit, weights, CHAIN, "key", heads=own, family=family)
+    assert torch.allclose(mean, restore_unit(unit, weights, CHAIN, "key"), atol=1e-6)
+    assert bool((lower < mean).all() and (mean < upper).all())
+    if family == "spread":
+        samples = [restore_unit(unit, weights, RestoreSettings(samples=1, passes=2), "key")]      # the first of the two
+        assert samples[0].shape == mean.shape and torch.allclose(mean - lower, upper - mean, atol=1e-6)
+
+
+def test_spread_is_the_standard_deviation():
+    weights, own = control_system()
+    unit, many = torch.rand(1, 8, 8), RestoreSettings(samples=3, passes=1)
+    from fluogen.tasks.restore import PlanePasses, TileSide, walk_chains
+    chains = torch.stack(list(walk_chains(PlanePasses(unit, weights, many, TileSide(256)), many, "k")))
+    mean, lower, _ = restore_sets(unit, weights, many, "k", family="spread")
+    assert torch.allclose(mean - lower, chains.std(0).clamp_min(SIDE), atol=1e-5)
+
+
+def test_a_family_that_weights_do_not_have_is_refused(toy):
+    _, weights, own, *_ = toy
+    with pytest.raises(CalibrationError, match="quantile or residual"):
+        restore_sets(torch.rand(1, 8, 8), weights, heads=own, family="spread")
+    with pytest.raises(CalibrationError, match="no spread from one sample"):
+        restore_sets(torch.rand(1, 8, 8), control_system()[0], RestoreSettings(samples=1), family="spread")
+
+
+def test_heads_are_found_by_hash(toy, tmp_path):
+    folder, weights, own, *_ = toy
+    assert find_heads(weights, str(folder)).name == "toy-heads" and own.config["base"]["sha256"] == weights.config["sha256"]
+    tuned = Weights("mine", {"sha256": "f" * 64, "base": {"name": "toy", "sha256": weights.config["sha256"]}}, weights.modules)
+    assert find_heads(tuned, str(folder)).name == "toy-heads"                     # weights tuned from those of the heads
+    other = load_weights(str(save_toy(tmp_path / "toy", seed=3)))
+    (tmp_path / "toy-heads").symlink_to(find_heads(weights, str(folder)))
+    assert find_heads(other, str(tmp_path / "toy")) is None                       # same name, other weights
+    with pytest.raises(CalibrationError, match="have no heads.*fluogen train heads --models"):
+        load_heads(other, str(tmp_path / "toy"))
+
+
+# ---- the promise
+
+def test_the_promise_holds_on_fields_to_come(toy):
+    _, weights, own, calibration, _ = toy
+    losses = []
+    for lower, mean, upper, target in field_sets(draw_fields(30, 500), weights, RestoreSettings(), own, "quantile"):
+        low, high = calibration.interval(lower, mean, upper)
+        losses.append(((target < low) | (target > high)).mean())
+    assert np.mean(losses) <= 0.2 and calibration.n == 40 and len(calibration.inputs) == 40
+
+
+def test_another_system_is_refused(toy, tmp_path):
+    folder, weights, own, _, file = toy
+    assert certify(weights, RestoreSettings(), model=str(folder)).calibration.n == 40
+    for settings, what in ((RestoreSettings(prompt="ER of COS-7"), "prompt"),):
+        with pytest.raises(CalibrationError, match=f"another {what}"):
+            certify(weights, settings, file, str(folder))
+    other = Weights(weights.name, weights.config | {"sha256": "e" * 64}, weights.modules, weights.schedule, weights.direct)
+    with pytest.raises(CalibrationError, match="another weights"):
+        Certified(file, other, RestoreSettings(), own)
+    with pytest.raises(CalibrationError, match="another heads"):
+        Certified(file, weights, RestoreSettings(), Weights("x", {"sha256": "d" * 64}, own.modules))
+    body = json.loads(file.read_text())
+    body["factor"] /= 2                                                            # a tempted user
+    (tmp_path / "c.json").write_text(json.dumps(body))
+    with pytest.raises(CalibrationError, match="not a calibration"):
+        certify(weights, RestoreSettings(), tmp_path / "c.json", str(folder))
+    with pytest.raises(CalibrationError, match="no calibration, so no interval"):
+        certify(weights, RestoreSettings(), tmp_path / "absent.json", str(folder))
+
+
+def test_steps_and_samples_are_bound():
+    weights, own = control_system()
+    facts = system_facts(weights, CHAIN, own, "quantile")
+    assert (facts["sampler"], facts["steps"], facts["samples"], facts["heads"]) == ("ddim", 2, 2, own.id)
+    assert facts != system_facts(weights, RestoreSettings(samples=2, passes=4), own, "quantile")
+    assert system_facts(weights, CHAIN, None, "spread")["heads"] == "none"
+
+
+# ---- own pairs
+
+def write_pairs(folder, numbers, groups=None):
+    rows = []
+    for number in numbers:
+        counts, target = draw_pair(number)
+        write_image(folder / f"lr{number}.tif", counts, pixel_um=PIXEL)
+        write_image(folder / f"hr{number}.tif", (4000 * target).astype(np.uint16))
+        rows.append({"image": f"hr{number}.tif", "conditioning_image": f"lr{number}.tif", "text": "", "group": f"cell{number // (groups or 1)}"})
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_own_pairs_count_by_group(toy, tmp_path):
+    _, weights, own, *_ = toy
+    path = write_pairs(tmp_path, range(24), groups=2)
+    with pytest.raises(CalibrationError, match=r"too few groups.*found 12, expected at least 22 .*Bring 10 more"):
+        calibrate_source(path, weights, heads=own)
+    write_image(tmp_path / "hr3.tif", np.zeros((8, 8), np.uint16))                 # one bad pair is left out by name
+    said = []
+    found = calibrate_source(path, weights, alpha=0.3, heads=own, say=said.append)
+    assert found.n == 12 and len(found.images) == 23 and len(said) == 1 and "hr3.tif" in said[0]
+    assert len(list(read_fields(path, 2, said.append))) == 23
+
+
+def test_few_images_have_no_known_range(toy, tmp_path):
+    _, weights, own, *_ = toy
+    found = calibrate_source(write_pairs(tmp_path, range(12)), weights, alpha=0.3, delta=0.1, heads=own)
+    assert found.inputs == ()
+    save_calibration(found, tmp_path / "c.json")
+    system = Certified(tmp_path / "c.json", weights, RestoreSettings(), own)
+    assert "fewer than 20 images" in system.judge(Image(draw_pair(0)[0], "YX"))[0]
+
+
+# ---- maps
+
+def test_three_images_on_one_scale(toy):
+    folder, weights, own, calibration, file = toy
+    film = Image(np.stack([draw_pair(700)[0], draw_pair(701)[0]]), "TYX", {"Y": 0.06, "X": 0.06})
+    system = Certified(file, weights, RestoreSettings(), own)
+    restored, lower, upper = system.restore(film)
+    assert np.array_equal(restored.array, restore_image(film, weights).array)
+    for layer in (lower, upper):
+        assert layer.array.shape == restored.array.shape and layer.axes == "TYX" and layer.pixel_um == {"Y": 0.03, "X": 0.03}
+    assert (lower.array <= restored.array + 0.01).all() and (upper.array >= restored.array - 0.01).all() and (upper.array > lower.array).mean() > 0.9
+    said = upper.metadata["fluogen"]
+    assert said["map"] == "upper" and said["interval"]["factor"] == calibration.factor and said["interval"]["alpha"] == 0.2
+    assert "interval" not in restored.metadata["fluogen"]
+
+
+def test_maps_lie_beside_the_result_and_are_not_made_twice(toy, tmp_path):
+    folder, weights, own, _, file = toy
+    system = Certified(file, weights, RestoreSettings(), own)
+    write_image(tmp_path / "a.tif", draw_pair(800)[0], pixel_um=PIXEL)
+    target = tmp_path / "out" / "a.tif"
+    assert restore_file(tmp_path / "a.tif", target, weights, certified=system, dtype="uint16") == "restored"
+    assert sorted(p.name for p in target.parent.iterdir()) == ["a.lower.tif", "a.tif", "a.upper.tif"]
+    low, high = (read_image(target.with_name(f"a.{name}.tif")) for name in ("lower", "upper"))
+    exact = system.restore(read_image(tmp_path / "a.tif"))
+    assert low.array.dtype == np.uint16 and (low.array <= exact[1].array).all() and (high.array >= exact[2].array).all()
+    assert restore_file(tmp_path / "a.tif", target, weights, certified=system, dtype="uint16") == "kept"
+    target.with_name("a.upper.tif").unlink()
+    assert restore_file(tmp_path / "a.tif", target, weights, certified=system, dtype="uint16") == "restored"
+    assert restore_file(tmp_path / "a.tif", tmp_path / "plain.tif", weights) == "restored"
+    assert not list(tmp_path.glob("plain.*er.tif"))                               # nobody asked
+
+
+def test_what_is_not_covered_says_so_in_its_name(toy, tmp_path):
+    _, weights, own, _, file = toy
+    system = Certified(file, weights, RestoreSettings(), own)
+    write_image(tmp_path / "a.tif", draw_pair(800, gain=30)[0], pixel_um=PIXEL)
+    (tmp_path / "out").mkdir()
+    with pytest.warns(UserWarning, match="not covered: input outside the calibration range"):
+        restore_file(tmp_path / "a.tif", tmp_path / "out" / "a.tif", weights, certified=system)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.lower.not-covered.tif", "a.tif", "a.upper.not-covered.tif"]
+    said = read_image(tmp_path / "out" / "a.lower.not-covered.tif").metadata["fluogen"]["interval"]
+    assert said["covered"] is False and said["void"]
+    write_image(tmp_path / "a.tif", draw_pair(800)[0], pixel_um=PIXEL)            # now a covered one: the old maps go
+    restore_file(tmp_path / "a.tif", tmp_path / "out" / "a.tif", weights, certified=system)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.lower.tif", "a.tif", "a.upper.tif"]
+
+
+def test_denoising_weights_are_refused(toy):
+    _, weights, own, *_ = toy
+    other = Weights("d", weights.config | {"task": "denoise"}, weights.modules, weights.schedule, weights.direct)
+    with pytest.raises(CalibrationError, match="intervals are for super-resolution"):
+        restore_sets(torch.rand(1, 8, 8), other, heads=own)
+
+
+# ---- the recipe
+
+def test_the_recipe_trains_only_heads_resumes_and_writes_calibrations(tmp_path):
+    folder = save_interval_toy(tmp_path / "toy")
+    before, said, ids = (folder / "weights.safetensors").read_bytes(), [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)                                                   # the recipe has its own seed
+        made, = heads.train_heads(tmp_path, tmp_path / "work", (str(folder),), steps=2, batch=2, scenes=4, fields=24, device="cpu", say=said.append)
+        ids.append(load_weights(str(made)).id)
+    assert ids[0] == ids[1] and (folder / "weights.safetensors").read_bytes() == before
+    files = sorted(p.name for p in made.glob("calibration*"))
+    assert len(files) == 2 and files[1] == "calibration.json"
+    weights = load_weights(str(folder))
+    system = certify(weights, RestoreSettings(), model=str(folder))
+    rest = certify(weights, RestoreSettings(), made / files[0], str(folder))
+    assert system.calibration.width <= rest.calibration.width and {system.family, rest.family} == {"quantile", "residual"}
+    assert choose_family(weights, RestoreSettings(), str(folder)) == system.family
+    card = (made / "card.md").read_text()
+    assert f"{system.calibration.width:.4f}".rstrip("0") in card and sum(p.stat().st_size for p in made.iterdir()) < 200_000
+
+
+def test_a_control_branch_gets_velocity_heads():
+    weights, _ = control_system()
+    fitter = heads.HeadsFitter(weights, prompt_dropout=1.0)
+    batch = {"target": torch.rand(2, 1, 16, 16), "condition": torch.rand(2, 1, 8, 8), "prompts": ["", ""]}
+    loss = fitter.loss(fitter.modules, batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert fitter.kind == "velocity" and all(p.grad is not None for p in fitter.modules.parameters())
+    assert all(p.grad is None for net in weights.modules.values() for p in net.parameters())
+
+
+def test_no_certifiable_family_is_an_error(toy):
+    _, weights, own, *_ = toy
+    shuffled = [Field(f.counts, draw_fields(1, 900 + i)[0].target, f.group) for i, f in enumerate(draw_fields(24))]
+    with pytest.raises(CalibrationError, match="no family can be certified"):
+        heads.calibrate_families(weights, own, shuffled, alpha=0.1, say=lambda line: None)
+    assert certified.HEADED == intervals.HEADED
