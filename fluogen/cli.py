@@ -112,7 +112,7 @@ def train_the_encoder(args, out: Path, work: Path) -> Path:
     "The feature space in which generated pictures are graded."
     from fluogen.tasks.encoder import train_encoder
     steps = {"steps": args.steps} if args.steps else {}
-    return train_encoder(out / "encoder-nano", work, minutes=args.minutes, seed=args.seed, **steps)
+    return train_encoder(out / "encoder-nano", work, minutes=args.minutes, seed=args.seed, start=args.start, **steps)
 
 
 def score_the_prior(args, out: Path, work: Path) -> Path:

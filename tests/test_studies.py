@@ -11,7 +11,8 @@ def test_the_command_hands_its_options_on(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(module, name, lambda out, work, *rest, name=name, **more: calls.append((name, out, work, rest, more)) or out)
     common = ["--out", str(tmp_path), "--work", str(tmp_path / "w"), "--minutes", "2"]
     assert main(["train", "encoder", "--seed", "3", "--steps", "7", *common]) == 0
-    assert calls.pop() == ("train_encoder", tmp_path / "encoder-nano", tmp_path / "w" / "encoder", (), {"minutes": 2.0, "seed": 3, "steps": 7})
+    assert calls.pop() == ("train_encoder", tmp_path / "encoder-nano", tmp_path / "w" / "encoder", (), {"minutes": 2.0, "seed": 3, "steps": 7,
+                                                                                                  "start": None})
     assert main(["train", "score-prior", "--base", "mine", "--per-prompt", "8", *common]) == 0
     name, out, work, rest, more = calls.pop()
     assert (name, out, work, rest) == ("grade_prior", tmp_path, tmp_path / "w" / "score-prior", ("mine", 8)) and set(more) == {"say"}

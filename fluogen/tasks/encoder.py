@@ -118,13 +118,15 @@ def train_encoder(
     steps: int = 1600,              # over all calls
     seed: int = 0,
     crops: int = 24,                # a step
+    start: str | None = None,       # an encoder to go on from, at half the rate and with other scenes
 ) -> Path:
     "Train, standardise, pack, measure, write the card."
     torch.manual_seed(seed)
-    modules = torch.nn.ModuleDict({"encoder": Encoder(tuple(STRUCTURES))})
-    settings = TrainConfig(steps=steps, minutes=minutes, lr=2e-3, warmup=100, schedule="cosine", ema_decay=0.995, seed=seed, device="cpu",
+    before = load_encoder(start).requires_grad_(True) if start else None
+    modules = torch.nn.ModuleDict({"encoder": before or Encoder(tuple(STRUCTURES))})
+    settings = TrainConfig(steps=steps, minutes=minutes, lr=1e-3 if start else 2e-3, warmup=100, schedule="cosine", ema_decay=0.995, seed=seed, device="cpu",
                            channels_last=True)
-    rounds = Rounds(simulate_targets, derive_seed(seed, "encoder"), n=1024, steps=400)
+    rounds = Rounds(simulate_targets, derive_seed(seed, "encoder", *([before.id] if start else [])), n=1024, steps=400)
     result = train(modules, encoder_loss, lambda step: encoder_batch(step, seed, crops, rounds), settings, work)
     load_trained(modules, work, "average")
     encoder = modules["encoder"].eval().requires_grad_(False)
@@ -136,7 +138,7 @@ def train_encoder(
     card = {"summary": "Features of fluorescence pictures, to compare sets of them; names the structure as well.",
             "data": f"Simulated scenes ({', '.join(STRUCTURES)}), seeds apart from the prior's; one in three blurred, one in three noisy.",
             "licence": "Apache-2.0; the training data are simulated by this package.",
-            "recipe": f"fluogen train encoder --seed {seed} --steps {steps}",
+            "recipe": f"fluogen train encoder --seed {seed} --steps {steps}" + (f", gone on from {before.id}" if start else ""),
             "training": training_facts(result, crops, torch.device("cpu")), "scores": {},
             "limits": "Knows the package's own structures only; a picture of anything else is given the nearest of them."}
     save_weights(out, {"encoder": encoder.state_dict()}, about, card, method="int8")
