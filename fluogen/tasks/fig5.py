@@ -123,8 +123,9 @@ def figure_panels(images: dict, fields: NoisyFields, columns=("Raw", "NLM", *DIS
     panels, widths = {}, {}
     truth = (fields.batch.target[:, 0].numpy() - fields.low[:, None, None]) / fields.span[:, None, None]
     scaled = {name: fields.to_scale(images[name]) for name in columns if name in images}
-    for i, prompt in enumerate(fields.batch.prompts):
-        label = LABELS.get(prompt, prompt)
+    order = sorted(range(len(fields)), key=lambda i: [*LABELS, fields.batch.prompts[i]].index(fields.batch.prompts[i]))
+    for i in order:
+        label = LABELS.get(fields.batch.prompts[i], fields.batch.prompts[i])
         if label not in panels and len(panels) < 6:
             panels[label] = {name: stack[i] for name, stack in scaled.items()} | {"Ground truth": truth[i]}
             widths[label] = (fields.batch.pixel_um[i] or 1 / truth.shape[-1]) * truth.shape[-1]
