@@ -191,3 +191,20 @@ def test_hidden_pixels_never_show_themselves():
 def test_the_camera_is_known():
     noise = noise_of(expose(simulate_clean("cocci", 1, 32), 9, make_rng(0), read_noise=1.5).setups[0].camera)
     assert abs(float(noise.predict_variance(100 + 2 * 9)) - (4 * (9 + 1.5**2) + 1 / 12)) < 1e-6
+
+
+@pytest.mark.parametrize("free", ["norms", "low-rank", "anchored"])
+def test_tuning_with_fewer_free_weights_leaves_plain_weights(tmp_path, free):
+    save_denoiser(tmp_path / "toy")
+    adapt(noisy_files(tmp_path, 4), "mine", base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, task="denoise",
+          config=replace(SHORT, lr=1e-2, blend=1.0), device="cpu", say=lambda line: None, free=free)
+    before, after = (load_weights(str(tmp_path / name)).modules["backbone"].state_dict() for name in ("toy", "mine"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    kernels = {name for name in moved if before[name].ndim > 1}
+    assert moved and bool(kernels) == (free != "norms")
+
+
+def test_an_unknown_way_of_tuning_is_one_line(tmp_path):
+    save_denoiser(tmp_path / "toy")
+    with pytest.raises(FluogenError, match="no such way of tuning .found half, expected all, norms, low-rank, anchored"):
+        adapt(noisy_files(tmp_path, 2), "mine", base=str(tmp_path / "toy"), out=tmp_path, task="denoise", free="half", say=lambda line: None)

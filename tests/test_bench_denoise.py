@@ -1,0 +1,119 @@
+"The comparison of denoisers: draws that do not leak, folds that leave scenes out, records that add up, curves that cross."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fluogen.core import FluogenError, make_rng
+from fluogen.data.io import write_image
+from fluogen.data.noisy import expose
+from fluogen.data.pairs import simulate_clean
+from fluogen.tasks import bench_denoise, bench_pairs, noisy_thirty
+from fluogen.tasks.bench30 import BENCH_CONFIG
+from fluogen.tasks.bench_denoise import _row, compare, score_fields, table_of
+from fluogen.tasks.denoise import noisy_light, psnr_light
+from fluogen.tasks.noisy_thirty import judge_by_truth, list_folds, real_fields, real_pairs, real_rows, simulate_noisy_thirty, split_few
+
+SHORT = replace(BENCH_CONFIG, steps=2, batch=2, crop_px=32, validate_every=2, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    "A manifest of four scenes, two frames each, of 8 bit; the last scene's frames are one frame twice."
+    folder, lines = tmp_path_factory.mktemp("scenes"), []
+    clean = simulate_clean("mitochondria", 4, 64, seed=5)
+    for scene in range(4):
+        write_image(folder / f"clean{scene}.tif", (100 + 120 * (clean.target[scene, 0].numpy() + 0.1)).clip(0, 255).astype(np.uint8))
+        for frame in range(2):
+            seen = expose(clean.take([scene]), 60, make_rng(scene, 0 if scene == 3 else frame))
+            write_image(folder / f"noisy{scene}{frame}.tif", seen.counts[0, 0].numpy().clip(0, 255).astype(np.uint8))
+            lines.append({"image": f"clean{scene}.tif", "conditioning_image": f"noisy{scene}{frame}.tif", "text": "", "group": f"scene{scene}",
+                          "dataset": "Toy scenes", "noise_level": "raw"})
+    lines.append(dict(lines[0], conditioning_image="noisy10.tif", noise_level="avg4"))
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"{folder / 'manifest.jsonl'}#toy"
+
+
+def test_repeated_frames_and_averages_are_left_out(scenes):
+    assert len(real_rows(scenes)) == 7 and len(list_folds(scenes)) == 4
+    with pytest.raises(FluogenError, match="too few scenes"):
+        real_rows(scenes.replace("#toy", "#other"))
+
+
+def test_no_scene_is_on_two_sides(scenes):
+    for fold in range(4):
+        training, held = real_pairs(scenes, fold, 30, side=32)
+        judged = set(real_fields(scenes, fold).batch.groups)
+        assert judged == list_folds(scenes)[fold]
+        assert not judged & set(training.groups) and not judged & set(held.groups) and not set(training.groups) & set(held.groups)
+
+
+def test_eight_bit_pairs_are_scored_on_their_counts(scenes):
+    fields, rows = real_fields(scenes, 1), [r for r in real_rows(scenes) if r["group"] == "scene1"]
+    found = score_fields(noisy_light(fields.batch.condition)[:, 0].numpy(), fields)
+    for score, row in zip(found, rows):
+        expected = 10 * np.log10(255**2 / np.mean((row["noisy"].astype(float) - row["clean"])**2))
+        assert abs(score["psnr"] - expected) < 0.02
+
+
+def test_stretched_pairs_are_aligned_before_scoring():
+    fields = judge_by_truth(simulate_noisy_thirty(1, 5, 48), affine=True)
+    truth = fields.batch.target[:, 0].numpy()
+    assert min(s["psnr"] for s in score_fields(3 * truth + 7, fields)) > 60
+    plain = replace(fields, affine=False)
+    np.testing.assert_allclose([s["psnr"] for s in score_fields(0.9 * truth, plain)],
+                               psnr_light(torch.from_numpy(0.9 * truth)[:, None], plain.batch.target).numpy(), atol=0.01)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 30])
+def test_something_is_always_set_aside(n):
+    made = simulate_noisy_thirty(0, n, 16)
+    training, held = split_few(made)
+    assert held and training and sorted(training + held) == list(range(n)) and (n < 10 or abs(len(held) - n / 5) <= 1)
+
+
+def test_the_recipe_runs_ends_and_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(noisy_thirty, "TEST_EXPOSURES", (20,))
+    small = lambda n_per_row=1, size_px=48: {"20 photons": judge_by_truth(simulate_noisy_thirty(9, 10, 48))}
+    monkeypatch.setattr(bench_denoise, "simulated_fields", small)
+    options = dict(seeds=(0,), methods=("noise2void",), seconds=0.01, config=SHORT, n_pairs=5)
+    out = bench_denoise.run_bench(tmp_path / "out", tmp_path / "work", **options)
+    record = json.loads((out / "scores.json").read_text())
+    assert {r["way"] for r in record["rows"]} == {"noisy", "nlm", "noise2void"} and record["fits"][0]["steps"] == 2
+    stamp = (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns
+    bench_denoise.run_bench(tmp_path / "out", tmp_path / "work", **options)
+    assert (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns == stamp
+    shipped = bench_denoise.open_denoiser(str(tmp_path / "out" / "bench-denoise-noise2void"))
+    fields = small()["20 photons"]
+    again = [s["psnr"] for s in score_fields(bench_denoise.restore_fields(shipped, fields), fields)]
+    kept = next(r for r in record["rows"] if r["way"] == "noise2void")["scores"]["psnr"]
+    np.testing.assert_allclose(again, kept, atol=1e-3)
+    assert compare(record, ("nlm", "ever"), ("noisy", "ever")).mean > 1
+
+
+def test_folds_are_read_side_by_side():
+    record = {"dataset": "fmd", "fields": {"fold 0": ["a", "a"], "fold 1": ["b"]}, "groups": {"fold 0": ["s", "s"], "fold 1": ["t"]},
+              "rows": [_row("fold 0", "direct", 0, "ever", [{"psnr": 1.0}, {"psnr": 2.0}]), _row("fold 1", "direct", 1, "ever", [{"psnr": 4.0}]),
+                       _row("fold 0", "noisy", 0, "ever", [{"psnr": 0.0}, {"psnr": 0.5}]), _row("fold 1", "noisy", 1, "ever", [{"psnr": 1.0}])]}
+    values, _, groups = table_of(record, "psnr", "direct")
+    assert values.tolist() == [[1.0, 2.0, 4.0]] and len(set(groups)) == 2
+    assert abs(compare(record, ("direct", "ever"), ("noisy", "ever")).mean - (1 + 1.5 + 3) / 3) < 1e-9
+
+
+def test_laboratories_are_nested_and_disjoint_from_what_judges():
+    two, eleven = bench_pairs.laboratory_pairs(3, 2), bench_pairs.laboratory_pairs(3, 11)
+    assert torch.equal(two.condition, eleven.condition[:2]) and len({s.optics for s in eleven.setups}) == 1
+    fields = bench_pairs.laboratory_pairs(3, 2, "fields")
+    assert all(not torch.equal(a, b) for a in two.counts for b in fields.counts)
+    assert bench_pairs.describe_laboratory(0) != bench_pairs.describe_laboratory(5)
+
+
+def test_the_curve_is_read():
+    rows = [{"method": m, "seed": s, "pairs": n, "ever": [base + slope * np.log2(n)], "in time": [0.0]} for s in (0, 1) for n in (2, 8, 32)
+            for m, base, slope in (("fluogen", 24, 0.5), ("care", 21, 1.5))]
+    assert abs(bench_pairs.find_crossing({"rows": rows}) - 8) < 1e-6
+    assert "32 pairs of 128 x 128 in place of 8 gained +1.0 dB" in bench_pairs.expect_gain({"rows": rows}, 7)
+    assert "the curve ends at 32" in bench_pairs.expect_gain({"rows": rows}, 400)
+    assert bench_pairs.find_crossing({"rows": rows}, "care", "fluogen") is None
