@@ -204,6 +204,7 @@ def fit(
     config: FitConfig,
     folder,                     # where checkpoints and the best weights go; an unfinished fit there is resumed
     callback=None,              # as in `fluogen.diffusion.train.train`
+    progress: bool = True,      # the line on stderr
 ):                              # -> TrainResult; `fitter.modules` holds the best weights afterwards
     "Train one restorer on pairs with early stopping. Raises `FinetuneError` when groups are shared with validation."
     shared = set(pairs.groups) & set(validation.groups)
@@ -218,7 +219,8 @@ def fit(
                            accumulate=config.accumulate, validate_every=config.validate_every, patience=config.patience,
                            channels_last=True, device="cpu" if device.type == "cpu" else "auto")
     result = train(fitter.modules, fitter.loss, lambda step: draw_batch(pairs, step, config.seed, config.batch, config.crop_px),
-                 settings, folder, validate=lambda modules, step: -validation_psnr(fitter, modules, validation), callback=callback)
+                 settings, folder, validate=lambda modules, step: -validation_psnr(fitter, modules, validation), callback=callback,
+                   progress=progress)
     load_trained(fitter.modules, folder, "best")
     blend_weights(fitter.modules, start, config.blend)
     return result

@@ -156,6 +156,8 @@ def adapt(
     say=print,                      # called with one line at a time
     task: str = "sr",               # "sr" or "denoise"
     free: str = "all",              # which weights may move, see `fluogen.tasks.fewer`
+    callback=None,                  # called with every entry of the training's log, e.g. `fluogen.report.live.LiveCurve`
+    progress: bool = True,          # the line on stderr
 ) -> Adapted:
     "Tune shipped weights on one's own pairs. Raises `OwnPairsError` for pairs that cannot be used, `KeyboardInterrupt` after Ctrl-C."
     if not name or name in (".", "..") or set(name) & set('/\\\\:*?"<>|'):
@@ -177,7 +179,8 @@ def adapt(
     plain = noisy_light(held.condition) if weights.config["norm"] == STABLE else upsample(held.condition, held.scale).clamp(0, 1)
     enlarged = (plain - held.target).square().mean((1, 2, 3)).clamp_min(1e-10)
     before = validation_psnr(fitter, fitter.modules, held_there)
-    result = fit(fitter, training, held, config, Path(work) / name)
+    say(f"{before:.2f} dB on what is set aside before the first step")
+    result = fit(fitter, training, held, config, Path(work) / name, callback, progress)
     merge(fitter)
     after = validation_psnr(fitter, fitter.modules, held_there)
     values = [-v["value"] for v in result.validations if v["value"] is not None]
