@@ -66,6 +66,8 @@ def run_restore(args) -> int:
             kept += outcome == "kept"
             _say(f"{source.name}: {outcome}" + (", it was there already" if outcome == "kept" else ""))
             print(target, flush=True)
+    if options.get("certified") and (said := options["certified"].judge_together()):
+        _say(f"note: {said}")
     if len(files) > 1:
         _say(f"{len(files) - len(bad)} of {len(files)} done ({kept} were there already), "
              f"{len(bad)} left out, {time.monotonic() - began:.0f} s; results in {target.parent}")
@@ -125,19 +127,20 @@ def compare_processes(args, out: Path, work: Path) -> Path:
     "Train the three networks of the brightness figure."
     from fluogen.tasks.brightness import run_brightness
     steps = {"steps": args.steps} if args.steps else {}
-    return run_brightness(out, work, args.seeds, args.minutes, **steps)
+    return run_brightness(out, work, args.seeds or (0, 1, 2), args.minutes, **steps)
 
 
 def compare_denoisers(args, out: Path, work: Path) -> Path:
     "Fit and score what figure 5 compares."
     from fluogen.tasks.bench_denoise import run_bench
-    return run_bench(out, work, args.dataset, seeds=args.seeds, methods=args.methods, seconds=args.seconds, workers=args.workers)
+    seeds = args.seeds or ((0, 1, 2) if args.dataset == "simulated" else range(9))
+    return run_bench(out, work, args.dataset, seeds=seeds, methods=args.methods, seconds=args.seconds, workers=args.workers)
 
 
 def count_pairs(args, out: Path, work: Path) -> Path:
     "Fit and score for the curve of quality against the number of pairs."
     from fluogen.tasks.bench_pairs import run_curve
-    return run_curve(out, work, seeds=args.seeds, methods=args.methods, seconds=args.seconds, workers=args.workers)
+    return run_curve(out, work, seeds=args.seeds or range(5), methods=args.methods, seconds=args.seconds, workers=args.workers)
 
 
 STUDIES = {"encoder": train_the_encoder, "score-prior": score_the_prior, "brightness": compare_processes,
@@ -156,7 +159,7 @@ def run_train(args) -> int:
     elif args.recipe == "bench30":
         from fluogen.tasks.scoring import run_bench
         simulated = args.dataset == "simulated"
-        made = run_bench(out, work if simulated else work / "real", seeds=args.seeds, methods=args.methods, seconds=args.seconds,
+        made = run_bench(out, work if simulated else work / "real", seeds=args.seeds or (0, 1, 2), methods=args.methods, seconds=args.seconds,
                          workers=args.workers, dataset=args.dataset, record="scores" if simulated else "real",
                          n_per_structure=4 if simulated else 25)
     elif args.recipe == "nano-denoise":
@@ -209,8 +212,8 @@ def run_check(args) -> int:
 def run_finetune(args) -> int:
     "Tune shipped weights on one's own pairs; Ctrl-C keeps a checkpoint, and the same command goes on."
     from fluogen.tasks.own_pairs import adapt
-    made = adapt(args.manifest, args.name, task=args.task, base=args.model or "", samples=args.samples, minutes=args.minutes, work=args.work,
-                 out=args.out, seed=args.seed, device=args.device, say=_say)
+    made = adapt(args.manifest, args.name, task=args.task, base=args.model or "", samples=args.samples, minutes=args.minutes,
+                 work=args.work, out=args.out, seed=args.seed, device=args.device, say=_say, free=args.free)
     for line in str(made).splitlines():
         _say(line)
     print(made.folder, flush=True)

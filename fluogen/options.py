@@ -10,7 +10,8 @@ __all__ = ['RECIPES', 'FINETUNE_TASKS', 'Parser', 'make_parser', 'read_camera', 
 import argparse
 
 # %% ../nbs/lib/88_options.ipynb #4ac0be18
-RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "heads", "bench30", "nano-denoise", "bench-denoise", "bench-pairs", "encoder", "score-prior", "brightness")
+RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "heads", "bench30", "nano-denoise",
+           "bench-denoise", "bench-pairs", "encoder", "score-prior", "brightness")
 FINETUNE_TASKS = ("sr", "denoise")
 
 # %% ../nbs/lib/88_options.ipynb #598176f7
@@ -104,6 +105,7 @@ def add_finetune(commands):
     add("--task", default="sr", choices=FINETUNE_TASKS, help="what the pairs are: sr (target twice the input) or denoise "
         "(noisy and clean, of equal size)")
     add("--samples", action="store_true", help="tune the control branch, which draws samples")
+    add("--free", default="all", help="what may move: all (default), norms, low-rank or anchored")
     add("--model", help="weights to begin with, instead of those of the task")
     add("--minutes", type=float, help="time box of this call (default: until it stops by itself)")
     add("--work", default="runs/finetune", help="checkpoints; the same command goes on from there")
@@ -145,12 +147,13 @@ def add_train(commands):
     add("--rate", type=float, default=5e-4, help="nano…: learning rate at the beginning (default 5e-4)")
     add("--device", default="auto")
     add("--seed", type=int, default=0)
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="bench30, brightness: training seeds")
+    add("--seeds", type=int, nargs="+", help="bench30, brightness: training seeds")
     add("--per-prompt", type=int, default=64, help="score-prior: pictures of each prompt, a multiple of 4 (default 64)")
     add("--methods", nargs="+", help="bench…: methods (default: all)")
     add("--seconds", type=float, default=60.0, help="bench…: the common time a method")
     add("--workers", type=int, default=1, help="bench…: methods trained at once")
-    add("--dataset", default="simulated", help="bench30: simulated (default), or clean images under a simulated microscope; bench-denoise: or real pairs")
+    add("--dataset", default="simulated", help="bench30: simulated (default), or clean images under a simulated microscope; "
+        "bench-denoise: or real pairs")
     add("--models", nargs="+", metavar="NAME", help="heads: weights that get intervals (default: nano-sr-direct nano-sr)")
 
 # %% ../nbs/lib/88_options.ipynb #597ed06c
