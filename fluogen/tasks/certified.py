@@ -24,7 +24,7 @@ from .settings import RestoreSettings
 from ..uncertainty.bounds import min_images
 from ..uncertainty.certificate import Calibration, load_calibration
 from ..uncertainty.families import CalibrationError
-from ..uncertainty.guard import judge_input
+from ..uncertainty.guard import InputRange, describe_image, judge_input
 
 # %% ../../nbs/lib/tasks/43_certified.ipynb #b8c286f5
 def read_fields(
@@ -71,7 +71,7 @@ class Certified:
         heads: Weights | None = None,   # needed for the families quantile and residual
     ):
         self.weights, self.settings, self.heads = weights, settings, heads
-        self.family = read_family(path)
+        self.family, self.seen = read_family(path), []
         self.calibration = load_calibration(path, **system_facts(weights, settings, heads, self.family))
 
     def judge(self, image: Image) -> list:
@@ -80,9 +80,20 @@ class Certified:
         flat = planes.reshape(-1, *planes.shape[-2:])
         if not self.calibration.inputs:
             return ["not covered: calibrated on fewer than 20 images, whose range is not known"]
-        verdicts = [judge_input(self.calibration, plane) for plane in flat]
+        points = [describe_image(plane) for plane in flat]
+        self.seen += points
+        verdicts = [judge_input(self.calibration, point) for point in points]
         where = [f"plane {i}: " if len(flat) > 1 else "" for i in range(len(flat))]
         return [f"{place}{verdict}" for place, verdict in zip(where, verdicts) if not verdict.inside]
+
+    def judge_together(self) -> str:
+        "In words, if the images judged so far differ together from those of the calibration; else empty. At least five."
+        if len(self.seen) < 5 or not self.calibration.inputs:
+            return ""
+        verdict = InputRange(self.calibration.inputs).judge_together(self.seen)
+        said = (f"these {len(self.seen)} images together are not like those of the calibration: their {verdict.feature} is "
+                f"{verdict.distance:.0f} standard errors away. The promise is about another kind or mix of images")
+        return "" if verdict.inside else said
 
     def describe(self, image: Image, void: list) -> dict:
         "What a map says of its promise."
@@ -98,8 +109,8 @@ class Certified:
             return torch.from_numpy(np.stack([mean.numpy(), low, high]))
         restored, *maps = restore_layers(image, self.weights, self.settings, callback, memory_gb, three, 3)
         said = self.describe(image, self.judge(image))
-        return [restored, *(replace(layer, metadata={**layer.metadata, "fluogen": layer.metadata["fluogen"] | {"map": name, "interval": said}})
-                            for name, layer in zip(("lower", "upper"), maps))]
+        note = lambda layer, name: {**layer.metadata, "fluogen": layer.metadata["fluogen"] | {"map": name, "interval": said}}
+        return [restored, *(replace(layer, metadata=note(layer, name)) for name, layer in zip(("lower", "upper"), maps))]
 
 
 def certify(

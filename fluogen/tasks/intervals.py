@@ -116,7 +116,8 @@ def restore_sets(
     check_weights(weights, settings)
     kind = "control" if settings.samples else "direct"
     if weights.config["task"] != "sr":
-        raise CalibrationError("intervals are for super-resolution", where=weights.name, found=f"task {weights.config['task']}", expected="sr")
+        raise CalibrationError("intervals are for super-resolution", where=weights.name, expected="sr",
+                               found=f"task {weights.config['task']}")
     if family not in FAMILIES_OF[kind]:
         raise CalibrationError(f"no such family for the {kind} adaptation", where="family", found=family,
                                expected=" or ".join(FAMILIES_OF[kind]))
@@ -133,7 +134,8 @@ def restore_sets(
 def system_facts(weights: Weights, settings: RestoreSettings, heads: Weights | None, family: str) -> dict:
     "Everything that a calibration must agree on with the system that uses it."
     sampled = settings.samples > 0
-    return {"weights": weights.id, "heads": heads.id if family in HEADED else "none", "sampler": settings.sampler if sampled else "direct",
+    return {"weights": weights.id, "heads": heads.id if family in HEADED else "none",
+            "sampler": settings.sampler if sampled else "direct",
             "steps": settings.passes if sampled else 1, "samples": settings.samples, "normalisation": weights.config["norm"],
             "task": weights.config["task"], "prompt": settings.prompt, "family": family}
 
@@ -145,9 +147,9 @@ class Field(NamedTuple):
     group: str              # cell or field of view: what is independent
 
 
-def simulated_fields(made) -> list[Field]:
-    "The pairs of a `PairBatch`; every scene is a group."
-    return [Field(made.counts[i, 0].numpy(), made.target[i, 0].numpy(), f"{made.structures[i]}-{i}") for i in range(len(made))]
+def simulated_fields(made, split: str = "validation") -> list[Field]:
+    "The pairs of a `PairBatch`; every scene is a group, named after its split, structure and number."
+    return [Field(made.counts[i, 0].numpy(), made.target[i, 0].numpy(), f"{split}-{made.structures[i]}-{i}") for i in range(len(made))]
 
 
 def measured_unit(counts: np.ndarray, weights: Weights) -> torch.Tensor:
