@@ -65,7 +65,7 @@ def train_process(
     out: str | Path,                # folder of the weights
     work: str | Path,               # checkpoints; a second call with it goes on
     minutes: float = 4.0,           # time box of this call
-    steps: int = 1500,
+    steps: int = 1200,
     crops: int = 16,
 ) -> Path:
     "Train one of the three on the CPU, pack, write the card."
@@ -77,7 +77,7 @@ def train_process(
     modules = torch.nn.ModuleDict({"backbone": Backbone(config), "prompts": WordEncoder(PAPER_PROMPTS, config.prompt_width)})
     settings = TrainConfig(steps=steps, minutes=minutes, lr=1e-3, warmup=100, schedule="cosine", ema_decay=0.995,
                            channels_last=True, seed=seed, device="cpu")
-    rounds = Rounds(simulate_targets, derive_seed(seed, "brightness"), n=1024, steps=750)
+    rounds = Rounds(simulate_targets, derive_seed(seed, "brightness"), n=1024, steps=600)
     result = train(modules, prior_loss(schedule), lambda step: brightness_batch(step, seed, crops, rounds), settings, work,
                    facts={"schedule": asdict(schedule.config)})
     load_trained(modules, work, "average")
@@ -150,11 +150,12 @@ def read_brightness() -> dict:
 def compare_brightness(
     record: dict,
     statistic: str = "mean",            # "mean", "dark" or "bright"
+    base: str = "eps",                  # the process that ratios are taken to
     n_boot: int = 1000,
     seed: int = 0,
 ) -> dict:                              # process -> {"distance", "ci95", "ratio", "ratio_ci95"}; and "floor"
-    "Distances to the data, and their ratio to the first process, each with a 95 % interval."
-    names = list(PROCESSES)
+    "Distances to the data, and their ratio to that of one process, each with a 95 % interval."
+    names, first = list(PROCESSES), list(PROCESSES).index(base)
     sets = {name: [np.array(row[statistic]) for row in record["rows"] if row["process"] == name] for name in names}
     if not all(sets.values()):
         raise BrightnessError("a process was not measured", where="record", found=", ".join(n for n in names if not sets[n]))
@@ -168,6 +169,6 @@ def compare_brightness(
         rounds.append([mean_of(truth, [rng.choice(sets[name][i], len(data)) for i in chosen]) for name in names])
     rounds = np.array(rounds)                                                                       # (n_boot, processes)
     span = lambda values, centre: [float(min(np.quantile(values, 0.025), centre)), float(max(np.quantile(values, 0.975), centre))]
-    found = {name: {"distance": float(value[i]), "ci95": span(rounds[:, i], value[i]), "ratio": float(value[i] / value[0]),
-                    "ratio_ci95": span(rounds[:, i] / rounds[:, 0], value[i] / value[0])} for i, name in enumerate(names)}
+    found = {name: {"distance": float(value[i]), "ci95": span(rounds[:, i], value[i]), "ratio": float(value[i] / value[first]),
+                    "ratio_ci95": span(rounds[:, i] / rounds[:, first], value[i] / value[first])} for i, name in enumerate(names)}
     return found | {"floor": wasserstein_distance(np.array(record["other data"][statistic]), data)}

@@ -1,0 +1,86 @@
+"The grading recipe on a toy prior: blocks kept and not drawn twice, planted copies found, grades bound to their weights."
+import json
+
+import numpy as np
+import pytest
+from toys import save_toy
+
+from fluogen.data.pairs import simulate_targets
+from fluogen.metrics.copies import shrink_pictures
+from fluogen.tasks import grading
+from fluogen.tasks.encoder import load_encoder
+from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_grades, tell
+from fluogen.tasks.grading import BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes
+from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:prompt")         # the toy knows three prompts
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "toy"
+    save_toy(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return held_out_scenes(8), held_out_scenes(8, seed=1)
+
+
+def test_held_out_scenes_graded_as_if_generated(scenes):
+    (real, words), (other, others) = scenes
+    grade = grade_set(other, others, real, words, load_encoder())
+    assert grade["fidelity"] > 0.85 and grade["precision"] > 0.7 and grade["recall"] > 0.7 and 0.85 < grade["diversity"] < 1.15
+    shuffled = grade_set(other, list(np.random.default_rng(0).permutation(others)), real, words, load_encoder())
+    assert shuffled["fidelity"] < 0.35 and shuffled["brightness"] > grade["brightness"]
+    spoilt = grade_set(other * 0.5 + 0.2, others, real, words, load_encoder())
+    assert spoilt["kernel"] > 10 * abs(grade["kernel"]) and spoilt["histogram"] > 0.1
+    collapsed = grade_set(np.repeat(other[:1], 128, 0), others, real, words, load_encoder())
+    assert collapsed["diversity"] < 0.01 and collapsed["recall"] < 0.2
+
+
+def test_planted_copies_are_found_among_honest_pictures(scenes):
+    (real, words), (other, others) = scenes
+    originals, whose = held_out_scenes(8, seed=2)
+    pictures = np.concatenate([other[:60], disguise(originals[:6], 4)])
+    report = grade_copies(pictures, others[:60] + whose[:6], real, words, shrink_pictures(originals), (originals[:20], whose[:20]))
+    assert report["planted_found"] == 20 and report["excess"] and report["flagged"] >= 6
+    assert {row["scene"] for row in report["nearest"]} == set(range(6))
+    honest = grade_copies(other, others, real, words, shrink_pictures(originals), (originals[:20], whose[:20]))
+    assert not honest["excess"]
+
+
+def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "training_scenes", lambda weights, most: shrink_pictures(held_out_scenes(2, 9)[0]))
+    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed: Rounds(simulate_targets, seed, n=32))
+    monkeypatch.setattr(grading, "BLOCK", 1)
+    said, run = [], lambda: grading.grade_prior(tmp_path, tmp_path / "work", toy, 4, say=said.append, size_px=64, precision="fp32")
+    record = json.loads((run() / "scores.json").read_text())
+    assert len(said) == 4 + 4 + 1 and record["grades"]["ten passes"]["n"] == 64 and record["grades"]["guidance 2"]["n"] == 16
+    before = said.copy()
+    assert json.loads((run() / "scores.json").read_text())["grades"] == record["grades"] and said == before     # nothing drawn twice
+    monkeypatch.setattr("fluogen.tasks.grading.weight_folders", lambda: [tmp_path])
+    found, why = open_grades(record["weights"])
+    assert why == "" and "ten passes" in format_grades(found) and tell(found, "")
+    assert all(claim.get("measured") is not None or claim["why"] for claim in figure_claims(found, ""))
+    assert all(row["n"] > 0 for row in figure_rows(found, {"a": [np.zeros((4, 4))]}, {"a": np.zeros((4, 4))}))
+    none, why = open_grades("other@123")
+    assert none is None and "other@123" in why and "score-prior" in why
+    assert all(claim["measured"] is None and claim["why"] for claim in figure_claims(none, why))
+
+
+def test_no_grades_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("fluogen.tasks.grading.weight_folders", lambda: [tmp_path])
+    record, why = open_grades("a@1")
+    assert record is None and "fluogen train score-prior" in why and "\n" not in why
+    with pytest.raises(GradingError, match="multiple of 4"):
+        grading.grade_prior(tmp_path, tmp_path, per_prompt=10)
+
+
+def test_blocks_know_their_prompts(toy, tmp_path):
+    from fluogen.diffusion.zoo import load_weights
+    images, seconds = draw_way(load_weights(toy), "guidance 2", 8, tmp_path, size_px=32, precision="fp32")
+    assert len(images) == BLOCK * 16 == len(block_prompts(len(images))) and seconds > 0
+    assert block_prompts(64)[:BLOCK] == [PAPER_PROMPTS[0]] * BLOCK
