@@ -73,11 +73,17 @@ weights: $(STAMP)
 	@.venv/bin/fluogen weights
 	@echo
 	@echo 'How each was made, in this order; every command goes on where it stopped (checkpoints in runs/):'
-	@echo '  .venv/bin/fluogen train nano             the backbone, all structures and prompts'
-	@echo '  .venv/bin/fluogen train nano-sr-direct   super-resolution in one pass'
-	@echo '  .venv/bin/fluogen train nano-sr          super-resolution by the control branch: samples'
-	@echo '  .venv/bin/fluogen train heads            intervals of both, calibrated (figure 9)'
-	@echo '  .venv/bin/fluogen train bench30          all that figure 4 compares'
+	@echo '  .venv/bin/fluogen train nano --real MANIFEST...  the prior: all structures and prompts; real images of an open licence where given'
+	@echo '  .venv/bin/fluogen train nano-sr-direct           super-resolution in one pass'
+	@echo '  .venv/bin/fluogen train nano-sr                  super-resolution by the control branch: samples'
+	@echo '  .venv/bin/fluogen train nano-denoise             denoising, every exposure'
+	@echo '  .venv/bin/fluogen train heads                    intervals of super-resolution, calibrated (figure 9)'
+	@echo '  .venv/bin/fluogen train encoder                  features in which pictures are graded (figure 3)'
+	@echo '  .venv/bin/fluogen train score-prior              what the prior draws, graded (figure 3)'
+	@echo '  .venv/bin/fluogen train brightness               the networks of the brightness bias (figure 3b)'
+	@echo '  .venv/bin/fluogen train bench30                  all that figure 4 compares'
+	@echo '  .venv/bin/fluogen train bench-denoise            all that figure 5 compares'
+	@echo '  .venv/bin/fluogen train bench-pairs              the curve of figure 5b'
 	@echo '--minutes is the time box of one call; on a GPU the same commands take larger steps.'
 
 docs: $(STAMP)
