@@ -159,8 +159,8 @@ def run_train(args) -> int:
     elif args.recipe == "bench30":
         from fluogen.tasks.scoring import run_bench
         simulated = args.dataset == "simulated"
-        made = run_bench(out, work if simulated else work / "real", seeds=args.seeds or (0, 1, 2), methods=args.methods, seconds=args.seconds,
-                         workers=args.workers, dataset=args.dataset, record="scores" if simulated else "real",
+        made = run_bench(out, work if simulated else work / "real", seeds=args.seeds or (0, 1, 2), methods=args.methods,
+                         seconds=args.seconds, workers=args.workers, dataset=args.dataset, record="scores" if simulated else "real",
                          n_per_structure=4 if simulated else 25)
     elif args.recipe == "nano-denoise":
         from fluogen.tasks.denoise import train_denoise
@@ -259,8 +259,9 @@ def run_doctor(args) -> int:
     return 1 if missing else 0
 
 # %% ../nbs/lib/90_cli.ipynb #52a2f578
-RUN = {"restore": run_restore, "calibrate": run_calibrate, "generate": run_generate, "weights": run_weights, "finetune": run_finetune, "train": run_train,
-       "check": run_check, "doctor": run_doctor}
+RUN = {"restore": run_restore, "calibrate": run_calibrate, "generate": run_generate,
+       "weights": run_weights, "finetune": run_finetune, "train": run_train, "check": run_check,
+       "doctor": run_doctor}
 
 
 def main(arguments: list[str] | None = None) -> int:

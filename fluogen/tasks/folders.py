@@ -124,8 +124,8 @@ def plan_results(image: Image, target: Path, how: dict, certified) -> list[tuple
     for path in name_maps(target, not void):                # of another calibration: never two answers side by side
         if path.is_file() and "map" in (read_image(path).metadata.get("fluogen") or {}):
             path.unlink()
-    said = certified.describe(image, void)
-    return [(target, how), *((path, how | {"map": name, "interval": said}) for name, path in zip(("lower", "upper"), name_maps(target, bool(void))))]
+    said, places = certified.describe(image, void), name_maps(target, bool(void))
+    return [(target, how), *((path, how | {"map": name, "interval": said}) for name, path in zip(("lower", "upper"), places))]
 
 # %% ../../nbs/lib/tasks/12_folders.ipynb #1cd2b1af
 DTYPES = ("float32", "uint16", "uint8", "same")
