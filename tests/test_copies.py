@@ -32,6 +32,14 @@ def test_every_planted_copy_is_found(sets, name):
     assert check.flagged.all() and list(check.nearest) == [0, 1, 2, 3, 4, 5] and check.excess
 
 
+def test_a_shift_by_any_number_of_pixels_costs_nothing_even_of_fine_texture(sets):
+    train = sets[0].copy()
+    train[:5] += DICE.random((5, 64, 64))
+    moved = np.stack([np.roll(image, shift, (0, 1)) for image, shift in zip(train[:5], ((1, 0), (0, 1), (3, 5), (-7, 13), (31, 1)))])
+    distance, index = find_nearest(moved, train)
+    assert list(index) == [0, 1, 2, 3, 4] and distance.max() < 0.005
+
+
 def test_a_cropped_copy_with_new_content_at_the_border_is_found(sets):
     train, held, _ = sets
     moved = train[:4].copy()
@@ -83,7 +91,7 @@ def test_the_symmetries_are_eight_and_flat_pictures_have_no_copy():
 
 
 def test_wrong_inputs_give_one_line(sets):
-    with pytest.raises(MetricError, match="multiples of 32"):
-        shrink_pictures(np.zeros((1, 33, 32)))
+    with pytest.raises(MetricError, match="32 pixels or more"):
+        shrink_pictures(np.zeros((1, 33, 31)))
     with pytest.raises(MetricError, match="too few held-out pictures"):
         check_copies(sets[2], sets[0], sets[1][:50])

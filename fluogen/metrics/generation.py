@@ -37,7 +37,8 @@ def as_two_sets(real, generated, least: int = 2) -> tuple[np.ndarray, np.ndarray
     "Both sets, of one width."
     one, two = as_features(real, "real", least), as_features(generated, "generated", least)
     if one.shape[1] != two.shape[1]:
-        raise MetricError("features of different encoders", where="generated", found=two.shape[1], expected=f"{one.shape[1]} columns")
+        raise MetricError("features of different encoders", where="generated", found=two.shape[1],
+                          expected=f"{one.shape[1]} columns")
     return one, two
 
 
@@ -103,12 +104,15 @@ def compare_kernel_distances(
     rounds = []
     for number in range(n_boot + 1):
         w = [np.full(len(r), 1 / len(r)) if not number else rng.dirichlet(np.ones(len(r))) for r in sets]
-        rounds.append([weighted(within[0], w[0]) + weighted(within[i], w[i]) - 2 * w[0] @ across[i - 1] @ w[i] for i in (1, 2)])
+        rounds.append([weighted(within[0], w[0]) + weighted(within[i], w[i]) - 2 * w[0] @ across[i - 1] @ w[i]
+                       for i in (1, 2)])
     (a, b), rounds = rounds[0], np.array(rounds[1:])
     ratios = np.where(rounds[:, 1] > 0, rounds[:, 0] / rounds[:, 1], np.inf)
-    span = lambda values, centre: (float(min(np.quantile(values, 0.025, method="lower"), centre)), float(max(np.quantile(values, 0.975, method="lower"), centre)))
+    span = lambda values, centre: (float(min(np.quantile(values, 0.025, method="lower"), centre)),
+                                   float(max(np.quantile(values, 0.975, method="lower"), centre)))
     ratio = a / b if b > 0 else np.inf
-    return KernelRatio(float(a), float(b), float(ratio), *span(ratios, ratio), span(rounds[:, 0], a), span(rounds[:, 1], b))
+    return KernelRatio(float(a), float(b), float(ratio), *span(ratios, ratio), span(rounds[:, 0], a),
+                       span(rounds[:, 1], b))
 
 # %% ../../nbs/lib/metrics/20_generation.ipynb #76bc43bd
 def _distances(one: np.ndarray, two: np.ndarray) -> np.ndarray:
@@ -123,7 +127,8 @@ def precision_recall(
 ) -> dict:          # "precision", "recall", "density", "coverage"
     "Where generated pictures lie among real ones, and the reverse."
     one, two = as_two_sets(real, generated, k + 1)
-    to_self = [np.partition(_distances(rows, rows), k, axis=1)[:, k] for rows in (one, two)]       # place 0 is the picture itself
+    to_self = [np.partition(_distances(rows, rows), k, axis=1)[:, k] for rows in (one,
+            two)]       # place 0 is the picture itself
     between = _distances(one, two)                                                                  # (N, M)
     in_real, in_made = between < to_self[0][:, None], between < to_self[1][None]
     return {"precision": float(in_real.any(0).mean()), "recall": float(in_made.any(1).mean()),
@@ -134,7 +139,8 @@ def share_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float
     "Exact (Clopper-Pearson) interval of a share."
     from scipy.stats import beta
     tail = (1 - level) / 2
-    return (0.0 if hits == 0 else float(beta.ppf(tail, hits, n - hits + 1)), 1.0 if hits == n else float(beta.ppf(1 - tail, hits + 1, n - hits)))
+    return (0.0 if hits == 0 else float(beta.ppf(tail, hits, n - hits + 1)),
+            1.0 if hits == n else float(beta.ppf(1 - tail, hits + 1, n - hits)))
 
 
 def prompt_fidelity(
@@ -146,9 +152,11 @@ def prompt_fidelity(
     if asked.shape != named.shape or asked.ndim != 1 or not len(asked):
         raise MetricError("one name a picture", where="prompt_fidelity", found=f"{asked.shape} and {named.shape}")
     hit, kinds = asked == named, sorted(set(asked))
-    confused = [(kind, other, float((named[asked == kind] == other).mean())) for kind in kinds for other in sorted(set(named[asked == kind]) - {kind})]
+    confused = [(kind, other, float((named[asked == kind] == other).mean())) for kind in kinds
+                for other in sorted(set(named[asked == kind]) - {kind})]
     return {"share": float(hit.mean()), "ci95": share_interval(int(hit.sum()), len(hit)),
-            "by_structure": {kind: float(hit[asked == kind].mean()) for kind in kinds}, "confused": sorted(confused, key=lambda row: -row[2])}
+            "by_structure": {kind: float(hit[asked == kind].mean()) for kind in kinds},
+            "confused": sorted(confused, key=lambda row: -row[2])}
 
 
 def diversity(

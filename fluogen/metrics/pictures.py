@@ -20,7 +20,8 @@ def as_stack(
     stack = np.asarray(images, dtype=np.float32)
     stack = stack[:, 0] if stack.ndim == 4 and stack.shape[1] == 1 else stack
     if stack.ndim != 3 or 0 in stack.shape:
-        raise MetricError("not a set of pictures", where=name, found=f"shape {np.shape(images)}", expected="(N, H, W)")
+        raise MetricError("not a set of pictures", where=name, found=f"shape {np.shape(images)}",
+                          expected="(N, H, W)")
     if not np.isfinite(stack).all():
         raise MetricError("pictures must be finite", where=name, found="NaN or infinity")
     return stack
@@ -43,7 +44,8 @@ def wasserstein_distance(
     "Area between two cumulative distributions: mean distance that values must move."
     one, two = (np.sort(np.asarray(values, dtype=np.float64).ravel()) for values in (first, second))
     if not len(one) or not len(two) or not (np.isfinite(one).all() and np.isfinite(two).all()):
-        raise MetricError("not two sets of finite values", where="wasserstein_distance", found=f"{len(one)} and {len(two)} values")
+        raise MetricError("not two sets of finite values", where="wasserstein_distance",
+                          found=f"{len(one)} and {len(two)} values")
     both = np.sort(np.concatenate([one, two]))
     below = [np.searchsorted(values, both[:-1], "right") / len(values) for values in (one, two)]
     return float(np.abs(below[0] - below[1]) @ np.diff(both))
@@ -55,7 +57,8 @@ def histogram_distance(
     bins: int = 256,        # over [0, 1]
 ) -> float:                 # unit range
     "Wasserstein distance of all pixels of two sets, from histograms: error below 1 / bins."
-    counts = [np.histogram(np.clip(as_stack(images), 0, 1), bins, (0, 1))[0].astype(float) for images in (first, second)]
+    counts = [np.histogram(np.clip(as_stack(images), 0, 1), bins, (0, 1))[0].astype(float)
+              for images in (first, second)]
     gap = np.cumsum(counts[0] / counts[0].sum()) - np.cumsum(counts[1] / counts[1].sum())
     return float(np.abs(gap).sum() / bins)
 
@@ -68,7 +71,8 @@ def mean_log_spectrum(
     stack = as_stack(images).astype(np.float64)
     size = stack.shape[-1]
     if stack.shape[1] != size or size < 2 * bins:
-        raise MetricError("not square, or too small", where="images", found=stack.shape[1:], expected=f"{2 * bins} pixels or more")
+        raise MetricError("not square, or too small", where="images", found=stack.shape[1:],
+                          expected=f"{2 * bins} pixels or more")
     window = np.outer(np.hanning(size + 1)[:-1], np.hanning(size + 1)[:-1])
     stack = (stack - stack.mean((1, 2), keepdims=True)) * window
     power = np.abs(np.fft.rfft2(stack)) ** 2 / size**2
@@ -91,5 +95,7 @@ def average_over_labels(
     "Mean over labels of a distance between the values that carry it; every label must occur in both."
     one, two = np.asarray(first_labels), np.asarray(second_labels)
     if set(one) != set(two):
-        raise MetricError("labels differ between the sets", where="labels", found=", ".join(map(str, sorted(set(one) ^ set(two)))))
-    return float(np.mean([distance(np.asarray(first)[one == label], np.asarray(second)[two == label]) for label in sorted(set(one))]))
+        raise MetricError("labels differ between the sets", where="labels",
+                          found=", ".join(map(str, sorted(set(one) ^ set(two)))))
+    return float(np.mean([distance(np.asarray(first)[one == label], np.asarray(second)[two == label])
+                          for label in sorted(set(one))]))

@@ -25,16 +25,19 @@ def draw_rows_and_curves(
     "Rows of pictures, cumulative distributions below. Raises `FigureError` for rows of different length."
     import matplotlib.pyplot as plt
     if wrong := [name for name, stack in rows.items() if len(stack) != len(columns)]:
-        raise FigureError("a row has another number of pictures", where=wrong[0], found=len(rows[wrong[0]]), expected=len(columns))
+        raise FigureError("a row has another number of pictures", where=wrong[0], found=len(rows[wrong[0]]),
+                          expected=len(columns))
     first = next(iter(rows.values()))
-    ceilings = [max(float(np.percentile(image, 99.9)), 0.4) for image in first]         # a dark field is not stretched
+    ceilings = [max(float(np.percentile(image, 99.9)), 0.4)
+                for image in first]         # a dark field is not stretched
     size, width = 0.95, 1.3 + 0.98 * len(columns)
     height = 0.35 + 0.98 * len(rows) + 1.95
     with picture_style():
         figure = plt.figure(figsize=(width, height))
         for r, (name, stack) in enumerate(rows.items()):
             bottom = height - 0.25 - (r + 1) * 0.98
-            figure.text(1.2 / width, (bottom + size / 2) / height, name.replace(", ", ",\n"), ha="right", va="center", fontsize=7,
+            figure.text(1.2 / width, (bottom + size / 2) / height, name.replace(", ", ",\n"), ha="right",
+                        va="center", fontsize=7,
                         color=COLOURS[r % len(COLOURS)])
             for c, image in enumerate(stack):
                 axis = figure.add_axes(((1.26 + c * 0.98) / width, bottom / height, size / width, size / height))
@@ -56,7 +59,8 @@ def _draw_curves(figure, curves, names, width, height):
         axis = figure.add_axes(((0.5 + number * step) / width, 0.45 / height, (step - 0.25) / width, 1.25 / height))
         for name, values in lines.items():
             values = np.sort(values)
-            axis.plot(values, np.arange(1, len(values) + 1) / len(values), color=COLOURS[names.index(name) % len(COLOURS)], linewidth=1,
+            axis.plot(values, np.arange(1, len(values) + 1) / len(values),
+                      color=COLOURS[names.index(name) % len(COLOURS)], linewidth=1,
                       label=name)
         axis.set(xlabel=statistic, ylim=(0, 1))
         axis.spines[["top", "right"]].set_visible(False)

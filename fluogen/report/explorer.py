@@ -8,17 +8,16 @@ __all__ = ['has_audience', 'draw_row', 'explore', 'make_control']
 # %% ../../nbs/lib/report/75_explorer.ipynb #76d53f58
 import os
 import sys
+from importlib.util import find_spec
 
 from .figure import FigureError, get_lut, picture_style
 
 # %% ../../nbs/lib/report/75_explorer.ipynb #4874d1ca
 def has_audience() -> bool:
     "Whether a person can move a slider here: a session of Jupyter or VS Code, with ipywidgets installed."
-    try:
-        import ipywidgets  # noqa: F401
-        shell = sys.modules["IPython"].get_ipython()
-    except (ImportError, KeyError):
+    if "IPython" not in sys.modules or find_spec("ipywidgets") is None:
         return False
+    shell = sys.modules["IPython"].get_ipython()
     return shell is not None and ("JPY_SESSION_NAME" in os.environ or "__vsc_ipynb_file__" in shell.user_ns)
 
 # %% ../../nbs/lib/report/75_explorer.ipynb #f99dece1
@@ -34,7 +33,8 @@ def draw_row(
         raise FigureError("no picture to draw", where="images")
     with picture_style():
         figure, axes = plt.subplots(1, len(images), figsize=(inch * len(images), inch + 0.25), squeeze=False,
-                                    gridspec_kw=dict(wspace=0.04, left=0, right=1, bottom=0, top=inch / (inch + 0.25)))
+                                    gridspec_kw=dict(wspace=0.04, left=0, right=1, bottom=0,
+                                                     top=inch / (inch + 0.25)))
         for number, (axis, image) in enumerate(zip(axes[0], images)):
             axis.imshow(image, cmap=get_lut(prompt or "gray"), vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])

@@ -70,13 +70,17 @@ def draw_gallery(
             bottom = height - 0.22 - (number // across + 1) * (panel_inch + 0.24) + 0.24
             high = float(np.percentile(real[prompt], 99.9)) or 1.0
             for place, image in enumerate([*images, real[prompt]]):
-                axis = figure.add_axes(((left + place * step) / width, bottom / height, panel_inch / width, panel_inch / height))
+                axis = figure.add_axes(((left + place * step) / width, bottom / height, panel_inch / width,
+                                        panel_inch / height))
                 data = place == len(images)
-                _draw_picture(axis, np.asarray(image), get_lut(prompt), (0, high), fields_um[prompt], not data, "0.6" if data else None)
+                _draw_picture(axis, np.asarray(image), get_lut(prompt), (0, high), fields_um[prompt], not data,
+                              "0.6" if data else None)
                 if place == len(images):
                     _add_bar(axis)
-            figure.text((left + count * step / 2) / width, (bottom - 0.12) / height, prompt, ha="center", va="center", fontsize=7.5)
-        figure.text(0.1 / width, 1 - 0.1 / height, f"Each prompt: {count - 1} generated, and one simulated scene that nobody trained on (grey frame). "
+            figure.text((left + count * step / 2) / width, (bottom - 0.12) / height, prompt, ha="center",
+                        va="center", fontsize=7.5)
+        figure.text(0.1 / width, 1 - 0.1 / height,
+                    f"Each prompt: {count - 1} generated, and one simulated scene that nobody trained on (grey frame). "
                     "One intensity scale a prompt.", fontsize=6.5, color="0.3", va="center")
         mark_profile(figure, profile)
     plt.close(figure)

@@ -23,9 +23,11 @@ class Page:
 
     def picture(self, image, x, y, size, title="", lut="gray", limits=None, below=""):
         "A thumbnail with a title above and a line below."
-        axis = self.figure.add_axes((x / self.width, 1 - (y + size) / self.height, size / self.width, size / self.height), zorder=2)
+        axis = self.figure.add_axes((x / self.width, 1 - (y + size) / self.height, size / self.width,
+                                     size / self.height), zorder=2)
         low, high = limits or (float(np.min(image)), float(np.max(image)))
-        axis.imshow(image, cmap=get_lut(lut) if isinstance(lut, str) else lut, vmin=low, vmax=high if high > low else low + 1)
+        axis.imshow(image, cmap=get_lut(lut) if isinstance(lut, str) else lut, vmin=low,
+                    vmax=high if high > low else low + 1)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_linewidth(0.5)
         self.text(x + size / 2, y - 0.07, title, 7)
@@ -33,7 +35,8 @@ class Page:
 
     def strip(self, values, x, y, width, height, title, cmap="PuOr"):
         "A vector as coloured stripes."
-        axis = self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height), zorder=2)
+        axis = self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width,
+                                     height / self.height), zorder=2)
         top = float(np.abs(values).max()) or 1.0
         axis.imshow(np.asarray(values)[None], aspect="auto", cmap=cmap, vmin=-top, vmax=top)
         axis.set(xticks=[], yticks=[])
@@ -41,15 +44,18 @@ class Page:
         self.text(x + width / 2, y - 0.08, title, 6.5)
 
     def arrow(self, start, end, style="-|>", color="black", bend=0.0):
-        self.canvas.annotate("", end, start, arrowprops=dict(arrowstyle=style, color=color, linewidth=0.9, shrinkA=0, shrinkB=0,
+        self.canvas.annotate("", end, start, arrowprops=dict(arrowstyle=style, color=color, linewidth=0.9,
+                                                             shrinkA=0, shrinkB=0,
                                                              connectionstyle=f"arc3,rad={bend}"))
 
     def text(self, x, y, words, size=7.0, **options):
-        self.canvas.text(x, y, words, ha=options.pop("ha", "center"), va=options.pop("va", "center"), fontsize=size, **options)
+        self.canvas.text(x, y, words, ha=options.pop("ha", "center"), va=options.pop("va", "center"), fontsize=size,
+                         **options)
 
     def box(self, x, y, width, height, colour="#f4f6fc", edge="0.3"):
         from matplotlib.patches import FancyBboxPatch
-        self.canvas.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=colour, edgecolor=edge,
+        self.canvas.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.08",
+                                             facecolor=colour, edgecolor=edge,
                                              linewidth=0.8))
 
     def network(self, channels, x, y, height, colour="#a9b6e0", down_only=False) -> list:
@@ -59,7 +65,8 @@ class Page:
         feet, place = [], x
         for number, level in enumerate(levels):
             wide, tall = 0.07 + 0.0016 * channels[level], height / 2**level if level < 2 else height / 4
-            self.canvas.add_patch(Rectangle((place, y + (height - tall) / 2), wide, tall, facecolor=colour, edgecolor="0.4", linewidth=0.5))
+            self.canvas.add_patch(Rectangle((place, y + (height - tall) / 2), wide, tall, facecolor=colour,
+                                            edgecolor="0.4", linewidth=0.5))
             if number <= len(channels) - 1:
                 self.text(place + wide / 2, y + (height - tall) / 2 - 0.06, str(channels[level]), 4.5, color="0.35")
             feet.append((place + wide / 2, y + (height + tall) / 2))
@@ -91,7 +98,8 @@ def _draw_training(page, seen, span):
     page.text(4.05, 0.55, "backbone", 7)
     page.arrow((4.73, 1.3), (4.88, 1.3))
     page.picture(seen.v_said, 4.9, 0.8, 1.0, "says $v_\\theta$", "gray", span)
-    page.picture(seen.v, 6.4, 0.8, 1.0, "should be $v_t$", "gray", span, f"= {seen.signal:.2f} $\\varepsilon$ - {seen.noise_level:.2f} $x_0$")
+    page.picture(seen.v, 6.4, 0.8, 1.0, "should be $v_t$", "gray", span,
+                 f"= {seen.signal:.2f} $\\varepsilon$ - {seen.noise_level:.2f} $x_0$")
     page.arrow((5.94, 1.3), (6.36, 1.3), "<|-|>")
     page.text(6.15, 1.05, f"$\\Vert v_t-v_\\theta\\Vert^2$\n{seen.loss:.4f}", 6.5)
     total = seen.time + seen.text
@@ -134,7 +142,8 @@ def _draw_inputs(page, seen, inputs, made_prompt):
     page.picture(seen.condition, 0.35, 0.4, 1.05, "low resolution", seen.prompt, (0, 1), seen.prompt)
     page.picture(inputs["noisy"], 2.05, 0.4, 1.05, "noisy", "Zebrafish", (0, 1), "Zebrafish embryos")
     colours = np.where(inputs["mask"] > 0, 0.3 + 0.7 * (inputs["mask"] * 0.618 % 1), 0)
-    page.picture(colours, 3.75, 0.4, 1.05, "instance mask", "red-hot", (0, 1), f"{len(np.unique(inputs['mask'])) - 1} cells")
+    page.picture(colours, 3.75, 0.4, 1.05, "instance mask", "red-hot", (0, 1),
+                 f"{len(np.unique(inputs['mask'])) - 1} cells")
     page.box(5.45, 0.4, 1.05, 1.05, "white")
     page.text(5.97, 0.92, made_prompt.replace(" of ", "\nof "), 9)
     page.text(5.97, 0.33, "text", 7)
@@ -153,7 +162,8 @@ def _draw_branch(page, seen):
     top = max(float(image.max()) for _, image, _ in seen.residuals)
     for number, (name, image, share) in enumerate(seen.residuals):
         x, y = 1.66 + number % 4 * 0.95, 2.32 + number // 4 * 1.02
-        page.picture(image, x, y, 0.72, name, "gray", (0, min(top, float(image.max()))), f"{image.shape[0]}², {share:.1%}")
+        page.picture(image, x, y, 0.72, name, "gray", (0, min(top, float(image.max()))),
+                     f"{image.shape[0]}², {share:.1%}")
     page.arrow((5.66, 2.6), (5.47, 2.6))
     page.arrow((1.53, 3.4), (1.3, 3.4))
     page.arrow((0.9, 4.3), (0.9, 4.66))
@@ -161,7 +171,8 @@ def _draw_branch(page, seen):
 
 def _draw_outputs(page, seen, made, made_prompt):
     page.box(0.15, 4.7, 6.7, 1.5)
-    page.picture(seen.restored, 0.35, 4.95, 1.05, "super-resolution", seen.prompt, (0, 1), f"{seen.gain_db:+.1f} dB over bicubic")
+    page.picture(seen.restored, 0.35, 4.95, 1.05, "super-resolution", seen.prompt, (0, 1),
+                 f"{seen.gain_db:+.1f} dB over bicubic")
     for x, title in ((2.05, "denoising"), (3.75, "mask to image")):
         page.box(x, 4.95, 1.05, 1.05, "0.93", "0.7")
         page.text(x + 0.52, 4.88, title, 7)

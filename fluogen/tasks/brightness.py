@@ -34,7 +34,8 @@ class BrightnessError(FluogenError):
     "A brightness experiment that is not there or cannot be compared."
 
 
-PROCESSES = {"eps": ScheduleConfig(objective="eps", zero_snr=False), "v": ScheduleConfig(objective="v", zero_snr=False),
+PROCESSES = {"eps": ScheduleConfig(objective="eps", zero_snr=False), "v": ScheduleConfig(objective="v",
+        zero_snr=False),
              "v-zero": ScheduleConfig(objective="v", zero_snr=True)}
 WORDS = {"eps": "noise", "v": "velocity", "v-zero": "velocity, zero terminal SNR"}
 SIZE_PX = 64
@@ -74,21 +75,26 @@ def train_process(
     schedule = Schedule(PROCESSES[process])
     torch.manual_seed(derive_seed(seed, "brightness") % 2**31)              # the same first weights for all three
     config = BackboneConfig(**NETWORK)
-    modules = torch.nn.ModuleDict({"backbone": Backbone(config), "prompts": WordEncoder(PAPER_PROMPTS, config.prompt_width)})
+    modules = torch.nn.ModuleDict({"backbone": Backbone(config), "prompts": WordEncoder(PAPER_PROMPTS,
+            config.prompt_width)})
     settings = TrainConfig(steps=steps, minutes=minutes, lr=1e-3, warmup=100, schedule="cosine", ema_decay=0.995,
                            channels_last=True, seed=seed, device="cpu")
     rounds = Rounds(simulate_targets, derive_seed(seed, "brightness"), n=1024, steps=600)
-    result = train(modules, prior_loss(schedule), lambda step: brightness_batch(step, seed, crops, rounds), settings, work,
+    result = train(modules, prior_loss(schedule), lambda step: brightness_batch(step, seed, crops, rounds),
+                   settings, work,
                    facts={"schedule": asdict(schedule.config)})
     load_trained(modules, work, "average")
-    about = {"task": "generate", "adaptation": "none", "schedule": asdict(schedule.config), "norm": "percentile:0,99.9",
+    about = {"task": "generate", "adaptation": "none", "schedule": asdict(schedule.config),
+             "norm": "percentile:0,99.9",
              "modules": {"backbone": config.to_dict(), "prompts": modules["prompts"].config}}
     card = {"summary": f"Figure 3b: a small network that predicts {WORDS[process]}. For the comparison, not for use.",
             "data": "Simulated scenes of the paper's prompts, 64² crops.",
-            "licence": "Apache-2.0; the training data are simulated by this package.", "recipe": f"fluogen train brightness --seeds {seed}",
+            "licence": "Apache-2.0; the training data are simulated by this package.",
+            "recipe": f"fluogen train brightness --seeds {seed}",
             "training": training_facts(result, crops, torch.device("cpu")), "scores": "see brightness/scores.json",
             "limits": "Trained for minutes; its pictures are poor on purpose."}
-    return save_weights(out, {name: module.state_dict() for name, module in modules.items()}, about, card, method="int8")
+    return save_weights(out, {name: module.state_dict() for name, module in modules.items()}, about, card,
+                        method="int8")
 
 
 def sample_process(weights, per_prompt: int = 32, seed: int = 0, callback=None) -> np.ndarray:
@@ -99,7 +105,8 @@ def sample_process(weights, per_prompt: int = 32, seed: int = 0, callback=None) 
 
 def sample_data(per_prompt: int = 32, seed: int = 0, split: str = "validation") -> np.ndarray:
     "As many pictures of the data, from scenes of no training."
-    scenes = simulate_targets(PAPER_PROMPTS, per_prompt * len(PAPER_PROMPTS), 128, seed=derive_seed(seed, "brightness"), split=split)
+    scenes = simulate_targets(PAPER_PROMPTS, per_prompt * len(PAPER_PROMPTS), 128,
+                              seed=derive_seed(seed, "brightness"), split=split)
     return crop_and_expose(scenes.target, make_rng(seed, "brightness", split))[:, 0].numpy()
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #6bf82fb9
@@ -122,14 +129,17 @@ def run_brightness(
             train_process(process, seed, folder, work / f"{process}-{seed}", minutes, **options)
             weights = load_weights(str(folder))
             made = measure_brightness(sample_process(weights, per_prompt, seed))
-            row = {"process": process, "seed": seed, "weights": weights.id, "steps": weights.config["card"]["training"]["steps"],
+            row = {"process": process, "seed": seed, "weights": weights.id,
+                   "steps": weights.config["card"]["training"]["steps"],
                    **{key: [round(float(v), 5) for v in values] for key, values in made.items()}}
             _write(done, row)
     rows = [json.loads(p.read_text()) for p in sorted(work.glob("*-[0-9]*.json"))]
-    data = {name: {key: [round(float(v), 5) for v in values] for key, values in measure_brightness(sample_data(per_prompt, 0, split)).items()}
+    data = {name: {key: [round(float(v), 5) for v in values] for key,
+                   values in measure_brightness(sample_data(per_prompt, 0, split)).items()}
             for name, split in (("data", "validation"), ("other data", "test"))}
     (out / "brightness").mkdir(parents=True, exist_ok=True)
-    _write(out / "brightness" / "scores.json", {"prompts": list(PAPER_PROMPTS), "per_prompt": per_prompt, "sampling": SAMPLING,
+    _write(out / "brightness" / "scores.json", {"prompts": list(PAPER_PROMPTS), "per_prompt": per_prompt,
+                                                "sampling": SAMPLING,
                                                 "network": NETWORK, "rows": rows, **data})
     return out / "brightness"
 
@@ -144,7 +154,8 @@ def read_brightness() -> dict:
     for folder in weight_folders():
         if (folder / "brightness" / "scores.json").is_file():
             return json.loads((folder / "brightness" / "scores.json").read_text())
-    raise BrightnessError("no recorded brightness", where="brightness/scores.json", hint="Make it with: fluogen train brightness.")
+    raise BrightnessError("no recorded brightness", where="brightness/scores.json",
+                          hint="Make it with: fluogen train brightness.")
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #900e93e0
 def compare_brightness(
@@ -158,7 +169,8 @@ def compare_brightness(
     names, first = list(PROCESSES), list(PROCESSES).index(base)
     sets = {name: [np.array(row[statistic]) for row in record["rows"] if row["process"] == name] for name in names}
     if not all(sets.values()):
-        raise BrightnessError("a process was not measured", where="record", found=", ".join(n for n in names if not sets[n]))
+        raise BrightnessError("a process was not measured", where="record",
+                              found=", ".join(n for n in names if not sets[n]))
     data, rng = np.array(record["data"][statistic]), make_rng(seed, "brightness", statistic)
     mean_of = lambda truth, drawn: np.mean([wasserstein_distance(one, truth) for one in drawn])
     value = np.array([mean_of(data, sets[name]) for name in names])
@@ -168,7 +180,10 @@ def compare_brightness(
         chosen = rng.integers(n_seeds, size=n_seeds)
         rounds.append([mean_of(truth, [rng.choice(sets[name][i], len(data)) for i in chosen]) for name in names])
     rounds = np.array(rounds)                                                                       # (n_boot, processes)
-    span = lambda values, centre: [float(min(np.quantile(values, 0.025), centre)), float(max(np.quantile(values, 0.975), centre))]
-    found = {name: {"distance": float(value[i]), "ci95": span(rounds[:, i], value[i]), "ratio": float(value[i] / value[first]),
-                    "ratio_ci95": span(rounds[:, i] / rounds[:, first], value[i] / value[first])} for i, name in enumerate(names)}
+    span = lambda values, centre: [float(min(np.quantile(values, 0.025), centre)),
+                                   float(max(np.quantile(values, 0.975), centre))]
+    found = {name: {"distance": float(value[i]), "ci95": span(rounds[:, i], value[i]),
+                    "ratio": float(value[i] / value[first]),
+                    "ratio_ci95": span(rounds[:, i] / rounds[:, first], value[i] / value[first])} for i,
+                    name in enumerate(names)}
     return found | {"floor": wasserstein_distance(np.array(record["other data"][statistic]), data)}

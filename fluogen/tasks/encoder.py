@@ -53,7 +53,8 @@ class Encoder(nn.Module):
         self.config = {"classes": list(classes), "width": width, "channels": list(channels)}
         self.classes = tuple(classes)
         self.stem = nn.Conv2d(1, channels[0], 5, stride=2, padding=2)
-        self.levels = nn.ModuleList([nn.Sequential(nn.GroupNorm(8, a), nn.GELU(), nn.Conv2d(a, b, 3, stride=2, padding=1),
+        self.levels = nn.ModuleList([nn.Sequential(nn.GroupNorm(8, a), nn.GELU(),
+                                                   nn.Conv2d(a, b, 3, stride=2, padding=1),
                                                    nn.GroupNorm(8, b), nn.GELU(), nn.Conv2d(b, b, 3, padding=1))
                                      for a, b in zip(channels, channels[1:])])
         self.neck = nn.Linear(2 * channels[-1] + 8, width)
@@ -83,7 +84,8 @@ def encoder_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
         exposure = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
         blur, noise = (float(rng.uniform(0, top)) if rng.random() < 1 / 3 else 0.0 for top in (2.0, 0.1))
         picture = blur_picture(turn(picture, int(rng.integers(8))) * exposure, blur)
-        pictures.append((picture + noise * torch.from_numpy(rng.standard_normal(picture.shape, np.float32))).clamp(0, 1))
+        pictures.append((picture + noise * torch.from_numpy(rng.standard_normal(picture.shape,
+                np.float32))).clamp(0, 1))
         spoilt.append((blur, 20 * noise))
     labels = [names.index(structure_of(prompt)) for prompt in prompts]
     return {"images": torch.stack(pictures), "labels": torch.tensor(labels), "spoilt": torch.tensor(spoilt)}
@@ -124,9 +126,11 @@ def train_encoder(
     torch.manual_seed(seed)
     before = load_encoder(start).requires_grad_(True) if start else None
     modules = torch.nn.ModuleDict({"encoder": before or Encoder(tuple(STRUCTURES))})
-    settings = TrainConfig(steps=steps, minutes=minutes, lr=1e-3 if start else 2e-3, warmup=100, schedule="cosine", ema_decay=0.995, seed=seed, device="cpu",
+    settings = TrainConfig(steps=steps, minutes=minutes, lr=1e-3 if start else 2e-3, warmup=100, schedule="cosine",
+                           ema_decay=0.995, seed=seed, device="cpu",
                            channels_last=True)
-    rounds = Rounds(simulate_targets, derive_seed(seed, "encoder", *([before.id] if start else [])), n=1024, steps=400)
+    rounds = Rounds(simulate_targets, derive_seed(seed, "encoder", *([before.id] if start else [])), n=1024,
+                    steps=400)
     result = train(modules, encoder_loss, lambda step: encoder_batch(step, seed, crops, rounds), settings, work)
     load_trained(modules, work, "average")
     encoder = modules["encoder"].eval().requires_grad_(False)
@@ -138,7 +142,8 @@ def train_encoder(
     card = {"summary": "Features of fluorescence pictures, to compare sets of them; names the structure as well.",
             "data": f"Simulated scenes ({', '.join(STRUCTURES)}), seeds apart from the prior's; one in three blurred, one in three noisy.",
             "licence": "Apache-2.0; the training data are simulated by this package.",
-            "recipe": f"fluogen train encoder --seed {seed} --steps {steps}" + (f", gone on from {before.id}" if start else ""),
+            "recipe": f"fluogen train encoder --seed {seed} --steps {steps}" + (f", gone on from {before.id}"
+                    if start else ""),
             "training": training_facts(result, crops, torch.device("cpu")), "scores": {},
             "limits": "Knows the package's own structures only; a picture of anything else is given the nearest of them."}
     save_weights(out, {"encoder": encoder.state_dict()}, about, card, method="int8")
@@ -184,7 +189,8 @@ def embed(
     images = torch.as_tensor(np.asarray(images), dtype=torch.float32)
     images = images[:, None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] != 1 or not len(images) or min(images.shape[2:]) < 64:
-        raise EncoderError("not a stack of pictures", where="images", found=tuple(images.shape), expected="(N, H, W) of 64 pixels or more")
+        raise EncoderError("not a stack of pictures", where="images", found=tuple(images.shape),
+                           expected="(N, H, W) of 64 pixels or more")
     if not bool(torch.isfinite(images).all()):
         raise EncoderError("pictures must be finite", where="images", found="NaN or infinity")
     made = [encoder(part) for part in images.split(batch)]

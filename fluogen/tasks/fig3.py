@@ -11,31 +11,39 @@ import numpy as np
 
 from ..core import FluogenError, derive_seed
 from ..data.pairs import simulate_targets
-from ..data.phantom import STRUCTURES, structure_of
 from .generate import GenerateSettings, generate, pixel_of_prompt
 from .grading import GradingError, read_grades
 
 # %% ../../nbs/lib/tasks/74_fig3.ipynb #7dae19be
-PUBLISHED = ("ER of COS-7", "F-actin of COS-7", "Microtubules of COS-7", "CCPs of COS-7", "Nucleus of BPAE", "Mitochondria of BPAE",
-             "DNA of U2OS", "ER of U2OS", "RNA of U2OS", "Nuclei of PC-3", "Microtubules of HeLa", "Lysosomes of HeLa", "F-actin of BPAE",
+PUBLISHED = ("ER of COS-7", "F-actin of COS-7", "Microtubules of COS-7", "CCPs of COS-7", "Nucleus of BPAE",
+             "Mitochondria of BPAE",
+             "DNA of U2OS", "ER of U2OS", "RNA of U2OS", "Nuclei of PC-3", "Microtubules of HeLa",
+             "Lysosomes of HeLa", "F-actin of BPAE",
              "Zebrafish embryos", "S. aureus")          # in the order of the paper's figure
-CONVENTIONS = {"size": "128 x 128", "real": "simulated scenes of the test split, training microscopes, exposures of the training",
-               "features": "32 numbers of encoder-nano, standardised over training scenes", "frechet, kernel": "all prompts together",
-               "spectrum": "decades of power, mean over prompts", "histogram, brightness": "Wasserstein distance, unit range, mean over prompts",
+CONVENTIONS = {"size": "128 x 128",
+               "real": "simulated scenes of the test split, training microscopes, exposures of the training",
+               "features": "32 numbers of encoder-nano, standardised over training scenes",
+               "frechet, kernel": "all prompts together",
+               "spectrum": "decades of power, mean over prompts",
+               "histogram, brightness": "Wasserstein distance, unit range, mean over prompts",
                "diversity": "mean feature distance of two pictures of a prompt, over that of scenes"}
 
 
-def draw_pictures(weights, steps: int = 10, each: int = 2, size_px: int = 128, seed: int = 0, guidance: float = 1.0) -> dict:
+def draw_pictures(weights, steps: int = 10, each: int = 2, size_px: int = 128, seed: int = 0,
+                  guidance: float = 1.0) -> dict:
     "{prompt: [(Y, X), …]} of the published prompts."
-    made = generate(PUBLISHED, each, GenerateSettings(steps=steps, size_px=size_px, seed=seed, guidance=guidance), weights)
+    made = generate(PUBLISHED, each, GenerateSettings(steps=steps, size_px=size_px, seed=seed, guidance=guidance),
+                    weights)
     return {prompt: list(made.images[i * each:(i + 1) * each]) for i, prompt in enumerate(PUBLISHED)}
 
 
 def draw_scenes(size_px: int = 128, seed: int = 0) -> dict:
     "{prompt: (Y, X)}: one scene of each that nobody trained on."
-    scenes = simulate_targets(PUBLISHED, len(PUBLISHED), 128, seed=derive_seed(seed, "figure 3"), split="test", optics="train")
+    scenes = simulate_targets(PUBLISHED, len(PUBLISHED), 128, seed=derive_seed(seed, "figure 3"), split="test",
+                              optics="train")
     start = (128 - size_px) // 2
-    return {prompt: scenes.target[i, 0, start:start + size_px, start:start + size_px].numpy() for i, prompt in enumerate(scenes.prompts)}
+    return {prompt: scenes.target[i, 0, start:start + size_px, start:start + size_px].numpy() for i,
+            prompt in enumerate(scenes.prompts)}
 
 
 def field_widths(size_px: int = 128) -> dict:
@@ -47,8 +55,10 @@ class Fig3Error(FluogenError):
     "Figure 3 cannot be made of this."
 
 
-COLUMNS = {"kernel": "kernel dist.", "frechet": "Fréchet", "precision": "precision", "recall": "recall", "density": "density",
-           "coverage": "coverage", "fidelity": "fidelity", "diversity": "diversity", "spectrum": "spectrum", "histogram": "histogram",
+COLUMNS = {"kernel": "kernel dist.", "frechet": "Fréchet", "precision": "precision", "recall": "recall",
+           "density": "density",
+           "coverage": "coverage", "fidelity": "fidelity", "diversity": "diversity", "spectrum": "spectrum",
+           "histogram": "histogram",
            "brightness": "brightness"}
 
 
@@ -59,7 +69,8 @@ def open_grades(weights_id: str) -> tuple[dict | None, str]:
     except GradingError as error:
         return None, str(error)
     if record["weights"] != weights_id:
-        return None, f"the grades are those of {record['weights']}, these weights are {weights_id}: fluogen train score-prior grades them"
+        return None, (f"the grades are those of {record['weights']}, these weights are {weights_id}: "
+                      "fluogen train score-prior grades them")
     return record, ""
 
 
@@ -75,13 +86,17 @@ def format_grades(record: dict) -> str:
 
 def figure_rows(record: dict | None, pictures: dict, scenes: dict) -> list[dict]:
     "Rows of metrics.json: the record's numbers, and the brightness of the pictures shown."
-    row = lambda group, method, metric, value, n, ci95=None: {"group": group, "method": method, "metric": metric, "value": value, "ci95": ci95, "n": n}
-    rows = [row(prompt, "shown", "mean intensity", float(np.mean(images)), len(images)) for prompt, images in pictures.items()]
+    row = lambda group, method, metric, value, n, ci95=None: {"group": group, "method": method, "metric": metric,
+                                                              "value": value, "ci95": ci95, "n": n}
+    rows = [row(prompt, "shown", "mean intensity", float(np.mean(images)), len(images)) for prompt,
+            images in pictures.items()]
     rows += [row(prompt, "scene", "mean intensity", float(image.mean()), 1) for prompt, image in scenes.items()]
     for name, grade in (record or {"grades": {}})["grades"].items():
-        rows += [row("all", name, key, grade[key], grade["n"], grade["fidelity_ci95"] if key == "fidelity" else None) for key in COLUMNS]
+        rows += [row("all", name, key, grade[key], grade["n"], grade["fidelity_ci95"] if key == "fidelity" else None)
+                 for key in COLUMNS]
         rows += [row(kind, name, "fidelity", share, grade["n"]) for kind, share in grade["by_structure"].items()]
-        rows += [row(prompt, name, "diversity", value, grade["n"]) for prompt, value in grade["diversity_by_prompt"].items()]
+        rows += [row(prompt, name, "diversity", value, grade["n"]) for prompt,
+                 value in grade["diversity_by_prompt"].items()]
     return rows
 
 # %% ../../nbs/lib/tasks/74_fig3.ipynb #cd6bff32
@@ -89,7 +104,8 @@ CLAIMS = {      # id -> sentence, what it must reach
     "fidelity": ("a classifier names the structure that was asked for", dict(at_least=0.85)),
     "half_the_passes": ("ten passes (DPM-Solver++, even in log SNR) over twenty ancestral ones: kernel distance not worse by more than 5 %",
                         dict(at_most=1.05, interval_below=1.05, unit="x")),
-    "guidance": ("guidance 2 does not come nearer to the data than no guidance: off is the right default", dict(at_least=1.0, unit="x")),
+    "guidance": ("off is the right default of guidance: with 2, twice the passes, the kernel distance is no smaller",
+                 dict(at_least=1.0, unit="x")),
     "no_copies": ("no more pictures lie suspiciously near to a training scene than chance explains", None),
     "planted_copies": ("planted copies (turned, shifted, darker) are found", dict(at_least=1.0)),
     "brightness": ("mean brightness is off by no more than", dict(at_most=0.02)),
@@ -99,25 +115,34 @@ SOURCE = "issue: generation that can be graded"
 
 def figure_claims(record: dict | None, why: str, seconds: float | None = None) -> list[dict]:
     "Arguments of `fluogen.report.claims.judge`; without a record nothing is claimed, and it is said why."
-    base = {name: dict(id=name, claim=claim, source=SOURCE, **(bounds or dict(at_most=0.01))) for name, (claim, bounds) in CLAIMS.items()}
-    timed = [dict(id="time", claim="the figure is drawn in five minutes on two cores", source=SOURCE, measured=seconds, at_most=300, unit="s",
+    base = {name: dict(id=name, claim=claim, source=SOURCE, **(bounds or dict(at_most=0.01))) for name,
+            (claim, bounds) in CLAIMS.items()}
+    timed = [dict(id="time", claim="the figure is drawn in five minutes on two cores", source=SOURCE,
+                  measured=seconds, at_most=300, unit="s",
                   why="seconds of this run" if seconds else "timed in the profile laptop only")]
     if record is None:
         return [claim | dict(measured=None, why=why, ci95=None) for claim in base.values()] + timed
     best, copies, compared = record["grades"]["ten passes"], record["copies"], record["compared"]
     accuracy = f"{record['classifier']:.3f}" if record["classifier"] else "unknown"
-    found = {"fidelity": dict(measured=best["fidelity"], ci95=best["fidelity_ci95"], why=f"{best['n']} pictures; the classifier itself is right on "
+    found = {"fidelity": dict(measured=best["fidelity"], ci95=best["fidelity_ci95"],
+                              why=f"{best['n']} pictures; the classifier itself is right on "
                               f"{accuracy} of held-out scenes"),
-             "no_copies": dict(measured=copies["share"], at_most=copies["limit"], why=f"{copies['flagged']} of {copies['n']} below the 1 % quantile of "
-                               f"{copies['held_out']} held-out scenes, {copies['training']} training scenes; the bound is the binomial 95 % limit"),
-             "planted_copies": dict(measured=copies["planted_found"] / copies["planted"], why=f"{copies['planted']} copies"),
-             "brightness": dict(measured=best["brightness"], why="Wasserstein distance of mean intensity, mean over prompts; held-out scenes against each "
+             "no_copies": dict(measured=copies["share"], at_most=copies["limit"],
+                               why=f"{copies['flagged']} of {copies['n']} below the 1 % quantile of "
+                               f"{copies['held_out']} held-out scenes, {copies['training']} training scenes; the bound is what "
+                               "chance explains, 95 %"),
+             "planted_copies": dict(measured=copies["planted_found"] / copies["planted"],
+                                    why=f"{copies['planted']} copies"),
+             "brightness": dict(measured=best["brightness"],
+                                why="Wasserstein distance of mean intensity, mean over prompts; held-out scenes against each "
                                 f"other {record['grades']['held-out scenes']['brightness']:.4f}")}
     for name, key in (("half_the_passes", "ten passes / DDPM 20"), ("guidance", "guidance 2 / ten passes")):
         one = compared[key]
         interval = interval_of(one)
-        found[name] = dict(measured=one["ratio"] if interval else None, ci95=interval, why=f"{key}: kernel distances {one['first']:.4f} and "
-                           f"{one['second']:.4f}" + ("" if interval else ": the lower one is not above chance, the ratio has no bounds"))
+        found[name] = dict(measured=one["ratio"] if interval else None, ci95=interval,
+                           why=f"{key}: kernel distances {one['first']:.4f} and "
+                           f"{one['second']:.4f}" + ("" if interval
+                                                     else ": the lower one is not above chance, the ratio has no bounds"))
     return [base[name] | found[name] for name in CLAIMS] + timed
 
 
@@ -131,12 +156,16 @@ def tell(record: dict | None, why: str) -> str:
     if record is None:
         return f"No numbers here: {why}."
     best, floor, copies = record["grades"]["ten passes"], record["grades"]["held-out scenes"], record["copies"]
-    confused = "; ".join(f"{asked} taken for {named} ({share:.0%})" for asked, named, share in best["confused"][:3] if share > 0.02) or "nothing above 2 %"
+    confused = "; ".join(f"{asked} taken for {named} ({share:.0%})" for asked, named,
+                         share in best["confused"][:3] if share > 0.02) or "nothing above 2 %"
     weakest = sorted(best["diversity_by_prompt"].items(), key=lambda pair: pair[1])[:3]
     return "\n".join([
         f"Prompts are obeyed in {best['fidelity']:.1%} of {best['n']} pictures. Confused: {confused}.",
-        f"Precision {best['precision']:.2f} and recall {best['recall']:.2f}, where held-out scenes reach {floor['precision']:.2f} and {floor['recall']:.2f}; "
+        f"Precision {best['precision']:.2f} and recall {best['recall']:.2f}, where held-out scenes reach "
+        f"{floor['precision']:.2f} and {floor['recall']:.2f}; "
         f"kernel distance {best['kernel']:.3f} (scenes against each other {floor['kernel']:.4f}).",
-        "Least varied: " + ", ".join(f"{prompt} ({value:.2f} of the data's spread)" for prompt, value in weakest) + ".",
+        "Least varied: " + ", ".join(f"{prompt} ({value:.2f} of the data's spread)" for prompt,
+                                     value in weakest) + ".",
         f"{copies['flagged']} of {copies['n']} pictures lie suspiciously near to one of {copies['training']} training scenes "
-        f"({copies['share']:.1%}; chance explains up to {copies['limit']:.1%}); {copies['planted_found']} of {copies['planted']} planted copies are found."])
+        f"({copies['share']:.1%}; chance explains up to {copies['limit']:.1%}); "
+        f"{copies['planted_found']} of {copies['planted']} planted copies are found."])

@@ -12,12 +12,14 @@ import numpy as np
 from ..core import derive_seed, make_rng
 from ..data.pairs import simulate_targets
 from ..diffusion.zoo import load_weights
-from .brightness import PROCESSES, SAMPLING, WORDS, compare_brightness, crop_and_expose
+from .brightness import PROCESSES, SAMPLING, WORDS, crop_and_expose
 from .generate import GenerateSettings, generate
 
 # %% ../../nbs/lib/tasks/77_fig3b.ipynb #a7deba40
-SHOWN = ("CCPs of COS-7", "Lysosomes of HeLa", "Nuclei of PC-3", "ER of COS-7", "Microtubules of HeLa", "RNA of U2OS")     # from dark to bright
-CONVENTIONS = {"size": "64 x 64", "intensity": "unit range", "distance": "Wasserstein, of one number a picture, all prompts together",
+SHOWN = ("CCPs of COS-7", "Lysosomes of HeLa", "Nuclei of PC-3", "ER of COS-7", "Microtubules of HeLa",
+         "RNA of U2OS")     # from dark to bright
+CONVENTIONS = {"size": "64 x 64", "intensity": "unit range",
+               "distance": "Wasserstein, of one number a picture, all prompts together",
                "interval": "95 %, pictures (and training seeds, where there are several) drawn again"}
 
 
@@ -41,11 +43,14 @@ def figure_rows(compared: dict, n: int) -> list[dict]:
     "Rows of metrics.json from `compare_brightness` of each statistic."
     rows = []
     for statistic, found in compared.items():
-        rows.append({"group": statistic, "method": "scenes", "metric": "distance", "value": found["floor"], "ci95": None, "n": n})
+        rows.append({"group": statistic, "method": "scenes", "metric": "distance", "value": found["floor"],
+                     "ci95": None, "n": n})
         for process in PROCESSES:
             one = found[process]
-            rows.append({"group": statistic, "method": process, "metric": "distance", "value": one["distance"], "ci95": one["ci95"], "n": n})
-            rows.append({"group": statistic, "method": process, "metric": "ratio to eps", "value": one["ratio"], "ci95": one["ratio_ci95"], "n": n})
+            rows.append({"group": statistic, "method": process, "metric": "distance", "value": one["distance"],
+                         "ci95": one["ci95"], "n": n})
+            rows.append({"group": statistic, "method": process, "metric": "ratio to eps", "value": one["ratio"],
+                         "ci95": one["ratio_ci95"], "n": n})
     return rows
 
 
@@ -54,15 +59,21 @@ def figure_claims(compared: dict, seeds: int, over_v: dict, full: bool = True) -
     source, claims = "issue: brightness bias", []
     for statistic, words in STATISTICS.items():
         found = compared[statistic]["v-zero"]
-        claims.append(dict(id=f"v_zero_{statistic}", claim=f"velocity with zero terminal SNR halves the brightness error of noise prediction: {words}",
-                           source=source, at_most=0.5, unit="x", measured=found["ratio"], ci95=tuple(found["ratio_ci95"])))
+        claims.append(dict(id=f"v_zero_{statistic}",
+                           claim=f"velocity with zero terminal SNR halves the brightness error of noise prediction: {words}",
+                           source=source, at_most=0.5, unit="x", measured=found["ratio"],
+                           ci95=tuple(found["ratio_ci95"])))
     found = compared["mean"]["v"]
-    claims.append(dict(id="v_alone", claim="velocity alone is already better than noise prediction: mean of a picture", source="paper", at_most=1.0, unit="x",
+    claims.append(dict(id="v_alone",
+                       claim="velocity alone is already better than noise prediction: mean of a picture",
+                       source="paper", at_most=1.0, unit="x",
                        measured=found["ratio"], ci95=tuple(found["ratio_ci95"])))
-    claims.append(dict(id="zero_snr_alone", claim="zero terminal SNR adds to velocity: mean of a picture", source="paper", interval_below=1.0, unit="x",
+    claims.append(dict(id="zero_snr_alone", claim="zero terminal SNR adds to velocity: mean of a picture",
+                       source="paper", interval_below=1.0, unit="x",
                        measured=over_v["v-zero"]["ratio"], ci95=tuple(over_v["v-zero"]["ratio_ci95"])))
     draws = f"{seeds} training seed{'s' * (seeds > 1)}"
-    return [claim | (dict(why=f"{draws}; the interval redraws pictures") if full else dict(measured=None, ci95=None, why="not claimed from a smoke test"))
+    return [claim | (dict(why=f"{draws}; the interval redraws pictures") if full
+                     else dict(measured=None, ci95=None, why="not claimed from a smoke test"))
             for claim in claims]
 
 
@@ -70,7 +81,8 @@ def format_comparison(compared: dict) -> str:
     "Statistics in rows, processes in columns: distance [95 %]."
     lines = [f"{'':<22}{'scenes':>10}" + "".join(f"{WORDS[p]:>30}" for p in PROCESSES)]
     for statistic, found in compared.items():
-        cells = "".join(f"{found[p]['distance']:>14.4f} [{found[p]['ci95'][0]:.4f}, {found[p]['ci95'][1]:.4f}]".rjust(30) for p in PROCESSES)
+        show = lambda one: f"{one['distance']:.4f} [{one['ci95'][0]:.4f}, {one['ci95'][1]:.4f}]"
+        cells = "".join(show(found[p]).rjust(30) for p in PROCESSES)
         lines.append(f"{STATISTICS[statistic]:<22}{found['floor']:>10.4f}{cells}")
     return "\n".join(lines)
 
@@ -78,7 +90,8 @@ def format_comparison(compared: dict) -> str:
 def mean_shift(record: dict) -> dict:
     "Process -> mean brightness of its pictures minus that of the data: the sign of the bias."
     data = np.mean(record["data"]["mean"])
-    return {process: float(np.mean([np.mean(row["mean"]) for row in record["rows"] if row["process"] == process]) - data) for process in PROCESSES}
+    return {process: float(np.mean([np.mean(row["mean"]) for row in record["rows"]
+                                    if row["process"] == process]) - data) for process in PROCESSES}
 
 
 def tell(record: dict, compared: dict) -> str:
@@ -86,7 +99,8 @@ def tell(record: dict, compared: dict) -> str:
     shift, mean = mean_shift(record), compared["mean"]
     worse = {name: abs(value) for name, value in shift.items()}
     return "\n".join([
-        f"Mean brightness is off by {shift['eps']:+.3f} (noise), {shift['v']:+.3f} (velocity), {shift['v-zero']:+.3f} (velocity, zero terminal SNR); "
+        f"Mean brightness is off by {shift['eps']:+.3f} (noise), {shift['v']:+.3f} (velocity), "
+        f"{shift['v-zero']:+.3f} (velocity, zero terminal SNR); "
         f"pictures have {np.mean(record['data']['mean']):.3f} on average.",
         f"The distance of zero terminal SNR is {mean['v-zero']['ratio']:.2f} times that of noise prediction "
         f"[{mean['v-zero']['ratio_ci95'][0]:.2f}, {mean['v-zero']['ratio_ci95'][1]:.2f}]; of velocity alone {mean['v']['ratio']:.2f} "

@@ -22,8 +22,10 @@ from ..data.pairs import simulate_targets
 from ..data.phantom import structure_of
 from ..diffusion.zoo import load_weights, weight_folders
 from ..metrics.copies import check_copies, find_nearest, shrink_pictures, turn_pictures
-from ..metrics.generation import compare_kernel_distances, diversity, frechet_distance, kernel_distance, precision_recall, prompt_fidelity
-from ..metrics.pictures import as_stack, average_over_labels, histogram_distance, measure_brightness, spectrum_distance, wasserstein_distance
+from ..metrics.generation import (compare_kernel_distances, diversity, frechet_distance, kernel_distance,
+                                        precision_recall, prompt_fidelity)
+from ..metrics.pictures import (as_stack, average_over_labels, histogram_distance, measure_brightness,
+                                      spectrum_distance, wasserstein_distance)
 from .encoder import Encoder, default_encoder, embed
 from .generate import GenerateSettings, generate
 from .scenes import PAPER_PROMPTS, Rounds
@@ -34,7 +36,8 @@ class GradingError(FluogenError):
 
 
 FEW = GenerateSettings(steps=10, sampler="dpmpp_2m", grid="logsnr")
-WAYS = {"ten passes": FEW, "DDPM 20": GenerateSettings(steps=20, sampler="ddpm", grid="trailing"), "guidance 2": replace(FEW, guidance=2.0)}
+WAYS = {"ten passes": FEW, "DDPM 20": GenerateSettings(steps=20, sampler="ddpm", grid="trailing"),
+        "guidance 2": replace(FEW, guidance=2.0)}
 BLOCK = 4                   # pictures of each prompt in a block
 SHARE = {"guidance 2": 4}   # drawn only so many times fewer pictures: it answers one question
 
@@ -75,7 +78,8 @@ def block_prompts(n: int) -> list[str]:
 # %% ../../nbs/lib/tasks/46_grading.ipynb #3c318ee0
 def held_out_scenes(per_prompt: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
     "(N, 128, 128) scenes of no training, and their prompts."
-    scenes = simulate_targets(PAPER_PROMPTS, per_prompt * len(PAPER_PROMPTS), 128, seed=derive_seed(seed, "grading"), split="test", optics="train")
+    scenes = simulate_targets(PAPER_PROMPTS, per_prompt * len(PAPER_PROMPTS), 128,
+                              seed=derive_seed(seed, "grading"), split="test", optics="train")
     rng, images = make_rng(seed, "grading"), scenes.target[:, 0].numpy()
     exposure = np.where(rng.random(len(images)) < 0.5, 1.0, rng.uniform(0.4, 1.0, len(images)))
     return (images * exposure[:, None, None]).astype(np.float32), scenes.prompts
@@ -97,12 +101,17 @@ def grade_set(images, prompts: list, real, real_prompts: list, encoder: Encoder)
     fidelity = prompt_fidelity([structure_of(p) for p in prompts], named)
     spread, normal = diversity(features, prompts), diversity(truth, real_prompts)
     by_prompt = lambda distance: average_over_labels(distance, images, prompts, real, real_prompts)
-    brightness = lambda one, two: wasserstein_distance(measure_brightness(one)["mean"], measure_brightness(two)["mean"])
-    return {"n": len(images), "frechet": frechet_distance(truth, features), "kernel": kernel_distance(truth, features),
-            **precision_recall(truth, features), "fidelity": fidelity["share"], "fidelity_ci95": list(fidelity["ci95"]),
+    brightness = lambda one, two: wasserstein_distance(measure_brightness(one)["mean"],
+                                                       measure_brightness(two)["mean"])
+    return {"n": len(images), "frechet": frechet_distance(truth, features),
+            "kernel": kernel_distance(truth, features),
+            **precision_recall(truth, features), "fidelity": fidelity["share"],
+            "fidelity_ci95": list(fidelity["ci95"]),
             "by_structure": fidelity["by_structure"], "confused": fidelity["confused"][:6],
-            "diversity": float(np.mean([spread[p] / normal[p] for p in spread])), "diversity_by_prompt": {p: spread[p] / normal[p] for p in spread},
-            "spectrum": by_prompt(spectrum_distance), "histogram": by_prompt(histogram_distance), "brightness": by_prompt(brightness)}
+            "diversity": float(np.mean([spread[p] / normal[p] for p in spread])),
+            "diversity_by_prompt": {p: spread[p] / normal[p] for p in spread},
+            "spectrum": by_prompt(spectrum_distance), "histogram": by_prompt(histogram_distance),
+            "brightness": by_prompt(brightness)}
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #b9ca00ea
 def disguise(images: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -123,11 +132,15 @@ def grade_copies(images, prompts: list, real, real_prompts: list, training: np.n
     scale = {prompt: np.median(normal[np.array(real_prompts) == prompt]) for prompt in set(real_prompts)}
     found = distance / np.array([scale[prompt] for prompt in planted[1]]) < check.threshold
     order = np.argsort(check.distance)[:6]
-    return {"share": check.share, "limit": check.limit, "excess": check.excess, "flagged": int(check.flagged.sum()), "n": len(check.flagged),
-            "held_out": len(check.held_out), "training": len(training), "level": check.level, "threshold": check.threshold,
+    return {"share": check.share, "limit": check.limit, "excess": check.excess, "flagged": int(check.flagged.sum()),
+            "n": len(check.flagged),
+            "held_out": len(check.held_out), "training": len(training), "level": check.level,
+            "threshold": check.threshold,
             "planted": len(found), "planted_found": int(found.sum()),
-            "quantiles": {name: np.quantile(d, np.linspace(0, 1, 41)).tolist() for name, d in (("generated", check.distance), ("held-out", check.held_out))},
-            "nearest": [{"picture": int(i), "prompt": prompts[i], "scene": int(check.nearest[i]), "distance": float(check.distance[i])} for i in order]}
+            "quantiles": {name: np.quantile(d, np.linspace(0, 1, 41)).tolist() for name,
+                          d in (("generated", check.distance), ("held-out", check.held_out))},
+            "nearest": [{"picture": int(i), "prompt": prompts[i], "scene": int(check.nearest[i]),
+                         "distance": float(check.distance[i])} for i in order]}
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #b6566daf
 def grade_prior(
@@ -142,7 +155,8 @@ def grade_prior(
 ) -> Path:
     "Draw, grade, keep: the recipe behind figure 3."
     if per_prompt < 2 * BLOCK or per_prompt % BLOCK:
-        raise GradingError("number of pictures", where="per_prompt", found=per_prompt, expected=f"a multiple of {BLOCK}, at least {2 * BLOCK}")
+        raise GradingError("number of pictures", where="per_prompt", found=per_prompt,
+                           expected=f"a multiple of {BLOCK}, at least {2 * BLOCK}")
     weights, encoder, folder = load_weights(model), encoder or default_encoder(), Path(out) / "generation"
     work = Path(work) / weights.id.replace("@", "-")
     real, real_prompts = held_out_scenes(per_prompt, 0)
@@ -154,14 +168,20 @@ def grade_prior(
     grades = {name: grade_set(*pair, real, real_prompts, encoder) for name, pair in sets.items()}
     features = {name: embed(encoder, images)[0] for name, (images, _) in sets.items()}
     truth = embed(encoder, np.concatenate([real, other]))[0]
-    compared = {name: vars(compare_kernel_distances(truth, features[first], features[second])) for name, first, second in
-                (("ten passes / DDPM 20", "ten passes", "DDPM 20"), ("guidance 2 / ten passes", "guidance 2", "ten passes"))}
+    compared = {name: vars(compare_kernel_distances(truth, features[first], features[second])) for name, first,
+                second in
+                (("ten passes / DDPM 20", "ten passes", "DDPM 20"), ("guidance 2 / ten passes", "guidance 2",
+                                                                     "ten passes"))}
     first_round = Rounds(simulate_targets, 0).at(0)[0]
     planted = (first_round.target[:32, 0].numpy(), first_round.prompts[:32])
-    copies = grade_copies(*sets["ten passes"], np.concatenate([real, other]), real_prompts + other_prompts, training_scenes(weights, rounds), planted)
-    record = {"weights": weights.id, "encoder": getattr(encoder, "id", None), "classifier": encoder_accuracy(encoder), "per_prompt": per_prompt,
-              "ways": {way: vars(settings) for way, settings in WAYS.items()}, "seconds": seconds, "grades": grades, "compared": compared,
-              "copies": copies, "torch": torch.__version__.split("+")[0], "precision": options.get("precision", "bf16")}
+    copies = grade_copies(*sets["ten passes"], np.concatenate([real, other]), real_prompts + other_prompts,
+                          training_scenes(weights, rounds), planted)
+    record = {"weights": weights.id, "encoder": getattr(encoder, "id", None),
+              "classifier": encoder_accuracy(encoder), "per_prompt": per_prompt,
+              "ways": {way: vars(settings) for way, settings in WAYS.items()}, "seconds": seconds, "grades": grades,
+              "compared": compared,
+              "copies": copies, "torch": torch.__version__.split("+")[0], "precision": options.get("precision",
+                      "bf16")}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "scores.json") as temporary:
         Path(temporary).write_text(json.dumps(round_numbers(record)))
@@ -192,4 +212,5 @@ def read_grades() -> dict:
     for folder in weight_folders():
         if (folder / "generation" / "scores.json").is_file():
             return json.loads((folder / "generation" / "scores.json").read_text())
-    raise GradingError("no recorded grades", where="generation/scores.json", hint="Make them with: fluogen train score-prior.")
+    raise GradingError("no recorded grades", where="generation/scores.json",
+                       hint="Make them with: fluogen train score-prior.")

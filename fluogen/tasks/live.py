@@ -17,9 +17,9 @@ from ..diffusion.backbone import embed_time
 from ..diffusion.control import ControlBranch
 from ..diffusion.direct import upsample
 from ..diffusion.sampler import NoiseField, sample_dpmpp_2m
-from ..diffusion.schedule import Schedule, logsnr_grid
+from ..diffusion.schedule import logsnr_grid
 from ..diffusion.shape import BackboneConfig
-from ..diffusion.zoo import Weights, load_weights
+from ..diffusion.zoo import Weights
 
 # %% ../../nbs/lib/tasks/76_live.ipynb #d37c538e
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Overview:
 
 
 @torch.inference_mode()
-def trace_prior(weights: Weights, prompt: str = "ER of COS-7", t: int = 400, steps: int = 10, size_px: int = 128, seed: int = 0) -> Overview:
+def trace_prior(weights: Weights, prompt: str = "ER of COS-7", t: int = 400, steps: int = 10, size_px: int = 128,
+                seed: int = 0) -> Overview:
     "One training step on a scene of no training, and one sampling chain of the same prompt."
     schedule, net = weights.schedule, weights.backbone
     scene = simulate_targets([prompt], 1, 128, seed=seed, split="test").target[..., :size_px, :size_px]
@@ -60,11 +61,15 @@ def trace_prior(weights: Weights, prompt: str = "ER of COS-7", t: int = 400, ste
         answer = net(x, torch.full((1,), step), states)
         chain.append((step, flat(x), flat(answer), flat(schedule.split(x, answer, torch.tensor([step]))[0])))
         return answer
-    made = sample_dpmpp_2m(predict, NoiseField(seed, f"{prompt}/figure 1", (1, size_px, size_px)).draw(), schedule, logsnr_grid(schedule, steps))
+    made = sample_dpmpp_2m(predict, NoiseField(seed, f"{prompt}/figure 1", (1, size_px, size_px)).draw(), schedule,
+                           logsnr_grid(schedule, steps))
     back = schedule.signal(when) * x_t - schedule.noise(when) * v
-    return Overview(prompt, t, float(schedule.signal(t)), float(schedule.noise(t)), flat(scene), flat(noise), flat(x_t), flat(v), flat(said),
-                    float((said - v).square().mean()), embedding.time(embed_time(when, embedding.config.time_width))[0].numpy(),
-                    embedding.encode_prompt(states)[0].numpy(), chain, flat(to_unit(made).clamp(0, 1)), net.config.channels,
+    return Overview(prompt, t, float(schedule.signal(t)), float(schedule.noise(t)), flat(scene), flat(noise),
+                    flat(x_t), flat(v), flat(said),
+                    float((said - v).square().mean()), embedding.time(embed_time(when,
+                            embedding.config.time_width))[0].numpy(),
+                    embedding.encode_prompt(states)[0].numpy(), chain, flat(to_unit(made).clamp(0, 1)),
+                    net.config.channels,
                     float((back - x0).abs().max()), float(schedule.signal(schedule.config.n_steps - 1)),
                     float((said - unprompted).square().mean().sqrt() / said.square().mean().sqrt()))
 
@@ -91,7 +96,8 @@ class Control:
 
 
 @torch.inference_mode()
-def trace_control(weights: Weights, structure: str = "microtubules", t: int = 300, steps: int = 4, size_px: int = 128, seed: int = 0) -> Control:
+def trace_control(weights: Weights, structure: str = "microtubules", t: int = 300, steps: int = 4,
+                  size_px: int = 128, seed: int = 0) -> Control:
     "The branch on one measurement of a held-out microscope: its residuals at one step, and the restoration after a few."
     pair = simulate_pairs([structure], 1, size_px, seed=seed, split="test")
     net, branch, schedule = weights.backbone, weights.control, weights.schedule
@@ -105,13 +111,16 @@ def trace_control(weights: Weights, structure: str = "microtubules", t: int = 30
     names = [f"skip {i}" for i in range(len(skips))] + ["bottom"]
     rows = [(name, rms(r).numpy(), float(r.square().mean().sqrt() / s.square().mean().sqrt()))
             for name, r, s in zip(names, (*added.skips, added.mid), (*skips, mid), strict=True)]
-    predict = lambda x, step: net(x, torch.full((1,), step), states, residuals=branch(x, torch.full((1,), step), states, condition))
+    predict = lambda x, step: net(x, torch.full((1,), step), states, residuals=branch(x, torch.full((1,), step),
+            states, condition))
     restored = to_unit(sample_dpmpp_2m(predict, noise, schedule, logsnr_grid(schedule, steps))).clamp(0, 1)
     enlarged = upsample(condition, 2).clamp(0, 1)
     fresh = ControlBranch.from_backbone(net)(x_t, when, states, condition)
     psnr = lambda image: -10 * float((image - pair.target).square().mean().log10())
-    return Control(pair.prompts[0], flat(condition), flat(pair.target), flat(enlarged), flat(noise), rows, flat(restored),
-                   max(float(r.abs().max()) for r in (*fresh.skips, fresh.mid)), len(rows), len(BackboneConfig.paper().skip_channels) + 1,
+    return Control(pair.prompts[0], flat(condition), flat(pair.target), flat(enlarged), flat(noise), rows,
+                   flat(restored),
+                   max(float(r.abs().max()) for r in (*fresh.skips, fresh.mid)), len(rows),
+                   len(BackboneConfig.paper().skip_channels) + 1,
                    psnr(restored) - psnr(enlarged))
 
 # %% ../../nbs/lib/tasks/76_live.ipynb #ebd39b64
