@@ -11,7 +11,6 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
-from importlib import import_module
 from pathlib import Path
 
 import torch

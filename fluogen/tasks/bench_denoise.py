@@ -106,7 +106,8 @@ def score_job(job: tuple) -> list[dict]:
                 if which == "in time" and (method not in LEARNED or not (Path(folder) / "in_time.safetensors").is_file()):
                     continue
                 fitter = pack_round_trip(load_method(method, seed, folder, file, HERE), packing(method))
-                rows += [_row(kind, method, seed, which, score_fields(restore_fields(fitter, some), some)) for kind, some in fields.items()]
+                rows += [_row(kind, method, seed, which, score_fields(restore_fields(fitter, some), some))
+                         for kind, some in fields.items()]
         Path(folder).mkdir(parents=True, exist_ok=True)
         with atomic_write(done) as temporary:
             Path(temporary).write_text(json.dumps(rows))
@@ -135,8 +136,8 @@ def run_bench(
     out, work, methods = Path(out), Path(work) / name, tuple(methods or METHODS)
     if not simulated:
         seeds = [s for s in seeds if s < len(list_folds(dataset))]
-    reports = fit_all(work, [m for m in methods if m not in ("noisy", "nlm")], seeds, workers, dataset=dataset, seconds=seconds, bench=HERE,
-                      **options)
+    fitted = [m for m in methods if m not in ("noisy", "nlm")]
+    reports = fit_all(work, fitted, seeds, workers, dataset=dataset, seconds=seconds, bench=HERE, **options)
     jobs = [(m, s, str(work / f"{m}-{s}"), dataset, n_per_row) for s in seeds for m in ("noisy", "nlm")]
     done = sorted(json.loads(p.read_text())["method"] + "/" + str(json.loads(p.read_text())["seed"]) for p in work.glob("*/result.json"))
     jobs += [(m, int(s), str(work / f"{m}-{s}"), dataset, n_per_row) for m, s in (key.split("/") for key in done)]
@@ -181,7 +182,8 @@ def open_denoiser(name: str):
     elif weights.direct is not None and weights.direct.matched:
         fitter = DirectFitter(weights, weights.direct)
     else:
-        raise ScoringError("these weights do not denoise", where=name, found=f"task {weights.config.get('task')}", expected="task denoise")
+        raise ScoringError("these weights do not denoise", where=name, found=f"task {weights.config.get('task')}",
+                           expected="task denoise")
     fitter.modules.eval().requires_grad_(False)
     fitter.id = weights.id
     return fitter
@@ -200,7 +202,8 @@ def table_of(record: dict, metric: str, way: str, which: str = "ever", kinds=Non
 
     Simulated: a field is a scene, its score the mean over the exposures. Real: all judged scenes of all folds, one row."""
     kinds = list(kinds or record["fields"])
-    rows = {(r["kind"], r["seed"]): r["scores"][metric] for r in record["rows"] if (r["way"], r["which"]) == (way, which) and metric in r["scores"]}
+    rows = {(r["kind"], r["seed"]): r["scores"][metric] for r in record["rows"]
+            if (r["way"], r["which"]) == (way, which) and metric in r["scores"]}
     if record["dataset"] == "simulated":
         seeds = sorted({seed for _, seed in rows if all((kind, seed) in rows for kind in kinds)})
         values, kinds = np.array([[rows[kind, seed] for kind in kinds] for seed in seeds]), kinds[:1]      # (seeds, kinds, fields)

@@ -24,7 +24,7 @@ from ..diffusion.zoo import load_weights
 from ..metrics.intervals import paired_interval
 from . import bench_denoise
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Method, fit_all, load_method, run_jobs
-from .bench_denoise import read_record, restore_fields, score_fields
+from .bench_denoise import restore_fields, score_fields
 from .denoise import ROWS
 from .fewer import restrict
 from .finetune import Pairs
@@ -39,7 +39,8 @@ CURVE_CONFIG = replace(BENCH_CONFIG, steps=600)
 TUNED = replace(TUNE_CONFIG, steps=600)
 METHODS = {"fluogen": Method("nano-denoise", TUNED), "norms": Method("nano-denoise", replace(TUNED, lr=1e-3)),
            "low-rank": Method("nano-denoise", replace(TUNED, lr=1e-3, blend=1.0)), "anchored": Method("nano-denoise", TUNED),
-           "scratch": Method("fluogen-nano", CURVE_CONFIG), "care": Method(config=CURVE_CONFIG), "untuned": Method("nano-denoise", n_pairs=0)}
+           "scratch": Method("fluogen-nano", CURVE_CONFIG), "care": Method(config=CURVE_CONFIG),
+           "untuned": Method("nano-denoise", n_pairs=0)}
 TUNINGS = ("norms", "low-rank", "anchored")
 N_FIELDS, SERIES = 8, 10           # fields that judge; pairs that are made at once
 
@@ -112,7 +113,8 @@ def run_curve(
         fit_all(work / "0", ["untuned"], seeds, workers, bench=HERE)
     found = [(json.loads(p.read_text()), p.parent) for p in sorted(work.glob("*/*/result.json"))]
     jobs = [(r["method"], r["seed"], int(folder.parent.name), str(folder)) for r, folder in found]
-    made = {"rows": run_jobs(score_job, jobs, workers), "base": load_weights("nano-denoise").id if "care" not in methods or len(methods) > 1 else None,
+    bases = sorted({METHODS[r["method"]].base for r, _ in found} - {None})
+    made = {"rows": run_jobs(score_job, jobs, workers), "bases": [load_weights(base).id for base in bases],
             "laboratories": {str(r["seed"]): [describe_laboratory(r["seed"])[0], describe_laboratory(r["seed"])[2]] for r, _ in found},
             "fits": [{**r, "pairs": int(folder.parent.name)} for r, folder in found]}
     (out / "bench-pairs").mkdir(parents=True, exist_ok=True)
@@ -123,7 +125,8 @@ def run_curve(
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #5613bd28
 def curve_of(record: dict, method: str) -> dict[int, np.ndarray]:
     "pairs -> mean PSNR of each laboratory, (seeds,), the better of ever and in time; the same for every number where nothing is learned."
-    rows = {(r["pairs"], r["seed"]): max(np.mean(r[w]) for w in ("ever", "in time") if w in r) for r in record["rows"] if r["method"] == method}
+    rows = {(r["pairs"], r["seed"]): max(np.mean(r[w]) for w in ("ever", "in time") if w in r)
+            for r in record["rows"] if r["method"] == method}
     counts, seeds = sorted({n for n, _ in rows}), sorted({s for _, s in rows})
     return {n: np.array([rows[n, s] for s in seeds if (n, s) in rows]) for n in counts}
 

@@ -15,7 +15,7 @@ from ..core import FluogenError
 from ..data.stabilise import lighten
 from .baselines import loss_l1
 from .finetune import NetworkFitter, Pairs
-from .networks import RCAN, CareUNet, count_cost
+from .networks import RCAN, CareUNet
 
 # %% ../../nbs/lib/tasks/41_denoisers.ipynb #b71b9ca2
 class DenoiserError(FluogenError):

@@ -11,16 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import make_rng
 from ..data.noise import NoiseError, estimate_noise
 from ..data.noisy import TEST_EXPOSURES, noise_of
 from ..data.optics import UPSAMPLING
 from ..diffusion.zoo import ZooError, load_weights
 from ..metrics.intervals import paired_interval
 from .bench30 import load_method, run_method
-from .bench_denoise import (HERE, best_baseline, classical, compare, open_denoiser, read_record, restore_fields,
-                                         score_fields, table_of)
-from .denoise import DENOISE, ROWS, noisy_light
+from .bench_denoise import HERE, best_baseline, classical, compare, open_denoiser, read_record, restore_fields
+from .denoise import DENOISE, ROWS, held_out_fields
 from .finetune import DirectFitter
 from .noisy_thirty import NoisyFields, judge_by_truth, real_fields
 from .scoring import ScoringError
@@ -28,7 +26,8 @@ from ..uncertainty.support import Detection, measure_detection
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #9cd1c5a5
 CONVENTIONS = {"normalisation": "light of the truth, background 0, 99.9th percentile 1; 8-bit real pairs with photometry: 0..255 counts",
-               "data_range": 1.0, "crop": "none", "averaging": "mean over fields", "nrmse": "after a linear fit of gain and offset to the truth",
+               "data_range": 1.0, "crop": "none", "averaging": "mean over fields",
+               "nrmse": "after a linear fit of gain and offset to the truth",
                "real, stretched": "gain and offset by least squares before every score"}
 LABELS = {"Nucleus of BPAE": "BPAE nucleus", "F-actin of BPAE": "BPAE actin", "Mitochondria of BPAE": "BPAE mitochondria",
           "Zebrafish embryos": "Zebrafish", "Nuclei of PC-3": "Mouse brain"}
@@ -43,7 +42,8 @@ def _column(fitter):
 
 def figure_methods() -> tuple[dict, list[str]]:
     "Column -> function (NoisyFields) -> light (B,H,W), from installed weights; and what is missing."
-    methods, notes = {"Raw": lambda fields: noisy_light(fields.batch.condition)[:, 0].numpy(), "NLM": classical(0, "simulated")["nlm"]}, []
+    plain, notes = classical(0, "simulated"), []
+    methods = {"Raw": plain["noisy"], "NLM": plain["nlm"]}
     for name, label in DISPLAY.items():
         try:
             methods[label] = _column(open_denoiser(f"bench-denoise-{name}"))
@@ -82,8 +82,7 @@ def open_fields(dataset: str, fold: int, n_per_row: int, size_px: int, exposures
     "kind -> fields: simulated ones at every exposure, or the judged scenes of a fold."
     if dataset != "simulated":
         return {f"fold {fold}": real_fields(dataset, fold, size_px=size_px)}
-    from fluogen.tasks.denoise import test_fields
-    return {f"{photons} photons": judge_by_truth(test_fields(photons, n_per_row * len(ROWS), size_px, seed=0)) for photons in exposures}
+    return {f"{photons} photons": judge_by_truth(held_out_fields(photons, n_per_row * len(ROWS), size_px, seed=0)) for photons in exposures}
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #feccb73e
 METRICS = {"psnr": "PSNR dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "nrmse": "NRMSE"}
@@ -119,7 +118,7 @@ def format_table(rows: list[dict], metric: str = "psnr") -> str:
 
 
 def figure_panels(images: dict, fields: NoisyFields, columns=("Raw", "NLM", *DISPLAY.values())) -> tuple[dict, dict]:
-    "Rows of the picture (first field of each prompt), on the scale of the scores, and the width of each row's field in um (1 where unknown)."
+    "Rows of the picture (first field of each prompt), on the scale of the scores, and the width of each row's field in um or 1."
     panels, widths = {}, {}
     truth = (fields.batch.target[:, 0].numpy() - fields.low[:, None, None]) / fields.span[:, None, None]
     scaled = {name: fields.to_scale(images[name]) for name in columns if name in images}
@@ -133,7 +132,7 @@ def figure_panels(images: dict, fields: NoisyFields, columns=("Raw", "NLM", *DIS
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #dc4c5f52
 def measure_noise_error(fields: dict) -> float:
-    "Largest relative error of the estimated noise between the 10th and the 99th percentile of the true grey levels; a share, NaN if none could be estimated."
+    "Largest relative error of the estimated noise, from the 10th to the 99th percentile of the grey levels; NaN if none was estimated."
     errors = []
     for some in fields.values():
         for counts, setup in zip(some.batch.counts[:, 0].numpy(), some.batch.setups):
@@ -152,8 +151,9 @@ def guard_restored(light: np.ndarray, fields: NoisyFields, snr: float = 2.0, eac
     for i in range(min(n, len(batch))):
         setup, (sigma, bend) = batch.setups[i], batch.condition[i, 1:, 0, 0].numpy()
         low = bend / sigma                                                  # stabilised value of light 0
-        electrons = ((low**2 + (2 * bend + 1) / sigma**2 * light[i]) / 4 - 0.375) - setup.camera.read_noise**2 - 1 / 12 / setup.camera.gain**2
-        measured.append((batch.counts[i, 0].numpy().astype(float), setup.camera.offset_counts + setup.camera.gain * electrons))
+        camera, stable = setup.camera, (low**2 + (2 * bend + 1) / sigma**2 * light[i]) / 4
+        electrons = stable - 0.375 - camera.read_noise**2 - 1 / 12 / camera.gain**2
+        measured.append((batch.counts[i, 0].numpy().astype(float), camera.offset_counts + camera.gain * electrons))
     optics = [setup.optics for setup in batch.setups]
     element_px = float(np.mean([o.fwhm_um / (o.fine_pixel_um * UPSAMPLING) for o in optics]))
     return measure_detection(measured, noise_of(batch.setups[0].camera), max(element_px, 2.0), snr=snr, each=each, seed=seed)
@@ -175,26 +175,27 @@ def _difference(record, name, claim, first, second, metric="psnr", **threshold) 
 def figure_claims(noise_error: float | None, guard: Detection | None) -> list[dict]:
     "Arguments of `fluogen.report.claims.judge`, from the records and from what was measured here."
     ours, ever = ("direct", "ever"), lambda name: (name, "ever")
-    made, claims = read_record(), []
+    made, claims, above = read_record(), [], dict(at_least=0.0, interval_above=0, unit="dB")
     for name, claim, second, metric, threshold in (
-            ("gain_psnr", "30 pairs, mean over exposures: over the best learned baseline", "best", "psnr", dict(at_least=0.3, interval_above=0, unit="dB")),
+            ("gain_psnr", "30 pairs, mean over exposures: over the best learned baseline", "best", "psnr", above | dict(at_least=0.3)),
             ("gain_ms_ssim", "... in MS-SSIM", "best", "ms_ssim", dict(at_least=0.005, interval_above=0)),
-            ("over_nlm", "over non-local means", ever("nlm"), "psnr", dict(at_least=0.0, interval_above=0, unit="dB")),
-            ("over_noise2void", "over Noise2Void, which sees no clean image", ever("noise2void"), "psnr", dict(at_least=0.0, interval_above=0, unit="dB")),
-            ("prior_worth", "the same net, thirty pairs: with the prior over from scratch", ever("scratch"), "psnr", dict(at_least=0.0, interval_above=0, unit="dB")),
-            ("thirty_pairs", "the thirty pairs add to what was pretrained", ever("untuned"), "psnr", dict(at_least=0.0, interval_above=0, unit="dB"))):
+            ("over_nlm", "over non-local means", ever("nlm"), "psnr", above),
+            ("over_noise2void", "over Noise2Void, which sees no clean image", ever("noise2void"), "psnr", above),
+            ("prior_worth", "the same net, thirty pairs: with the prior over from scratch", ever("scratch"), "psnr", above),
+            ("thirty_pairs", "the thirty pairs add to what was pretrained", ever("untuned"), "psnr", above)):
         first = ever("prior") if name == "prior_worth" else ours
         claims.append(_difference(made, name, claim, first, second, metric, **threshold))
     for data in ("fmd", "w2s"):
-        real = read_record(data)
-        claims.append(_difference(real, f"{data}_over_input", f"real {data.upper()}: over the noisy input", ours, ever("noisy"), at_least=4.0, unit="dB"))
-        beside = _difference(real, f"{data}_not_below", f"real {data.upper()}: upper end of the difference to the best learned baseline", ours,
-                             "best", at_least=0.0, unit="dB")
+        real, title = read_record(data), f"real {data.upper()}: "
+        claims.append(_difference(real, f"{data}_over_input", title + "over the noisy input", ours, ever("noisy"), at_least=4.0, unit="dB"))
+        beside = _difference(real, f"{data}_not_below", title + "upper end of the difference to the best learned baseline", ours, "best",
+                             at_least=0.0, unit="dB")
         beside["measured"] = beside["ci95"][1] if beside["measured"] is not None else None
         claims.append({key: value for key, value in beside.items() if key != "ci95"})
     absent = "measured on simulated fields"
-    claims.append(dict(id="noise_estimate", claim="noise of one image estimated: largest error of its standard deviation", source="issue: denoising",
-                       measured=noise_error, at_most=0.05, why="largest over fields, exposures and grey levels" if noise_error is not None else absent))
+    claims.append(dict(id="noise_estimate", claim="noise of one image estimated: largest error of its standard deviation",
+                       source="issue: denoising", measured=noise_error, at_most=0.05,
+                       why="largest over fields, exposures and grey levels" if noise_error is not None else absent))
     for kind in ("added", "removed"):
         claims.append(dict(id=f"guard_{kind}", claim=f"filaments of three resolution elements {kind} and found, signal-to-noise 2",
                            source="issue: denoising", measured=guard and getattr(guard, kind), at_least=0.9,

@@ -216,7 +216,8 @@ def fit(
     pairs, validation = _to(pairs, device), _to(validation, device)
     settings = TrainConfig(steps=config.steps, minutes=config.minutes, lr=config.lr, warmup=config.warmup, seed=config.seed,
                            weight_decay=config.weight_decay, ema_decay=config.ema_decay, precision=config.precision,
-                           accumulate=config.accumulate, checkpoint_minutes=0.5, validate_every=config.validate_every, patience=config.patience,
+                           accumulate=config.accumulate, checkpoint_minutes=0.5, validate_every=config.validate_every,
+                           patience=config.patience,
                            channels_last=True, device="cpu" if device.type == "cpu" else "auto")
     result = train(fitter.modules, fitter.loss, lambda step: draw_batch(pairs, step, config.seed, config.batch, config.crop_px),
                  settings, folder, validate=lambda modules, step: -validation_psnr(fitter, modules, validation), callback=callback,

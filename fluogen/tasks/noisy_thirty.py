@@ -20,10 +20,9 @@ from ..data.noisy import TEST_EXPOSURES, expose_anyhow
 from ..data.pairs import PairBatch, simulate_clean
 from ..data.registry import load_dataset
 from ..data.stabilise import show_noisy
-from .denoise import ROWS, test_fields
+from .denoise import ROWS, held_out_fields
 from .finetune import Pairs
 from .noisy_pairs import match_scale, read_noise, show_pair
-from .recipes import as_pairs
 
 # %% ../../nbs/lib/tasks/49_noisy_thirty.ipynb #a9e2e7f5
 def simulate_noisy_thirty(seed: int, n_pairs: int = 30, size_px: int = 128) -> PairBatch:
@@ -66,7 +65,8 @@ def judge_by_truth(batch: PairBatch, affine: bool = False) -> NoisyFields:
 
 def simulated_fields(n_per_row: int = 2, size_px: int = 256) -> dict[str, NoisyFields]:
     "kind -> fields: the same scenes at every test exposure."
-    return {f"{photons} photons": judge_by_truth(test_fields(photons, n_per_row * len(ROWS), size_px, seed=0)) for photons in TEST_EXPOSURES}
+    return {f"{photons} photons": judge_by_truth(held_out_fields(photons, n_per_row * len(ROWS), size_px, seed=0))
+            for photons in TEST_EXPOSURES}
 
 # %% ../../nbs/lib/tasks/49_noisy_thirty.ipynb #ef10f112
 class RealPairsError(FluogenError):
@@ -81,7 +81,8 @@ def _is_raw(record) -> bool:
 def real_rows(source: str) -> tuple:
     "Raw recordings of a manifest, `PATH` or `PATH#WORD` for those whose `dataset` holds a word: dicts of planes, noise, prompt, group."
     path, _, word = source.partition("#")
-    records = [r for r in load_dataset(path) if r.conditioning_image and _is_raw(r) and word.lower() in str(r.extra.get("dataset", "")).lower()]
+    records = [r for r in load_dataset(path) if r.conditioning_image and _is_raw(r)
+               and word.lower() in str(r.extra.get("dataset", "")).lower()]
     clean, noisy, seen = {}, {}, set()
     for record in records:
         clean.setdefault(record.image, read_image(record.path).array)
@@ -99,8 +100,9 @@ def real_rows(source: str) -> tuple:
             continue
         rows.append({"noisy": array, "clean": clean[record.image], "noise": noise, "group": record.group, "prompt": record.prompts[0],
                      "affine": "affine_clean_to_noisy" in record.extra or array.dtype != np.uint8})
-    if len({row["group"] for row in rows}) < 3:
-        raise RealPairsError("too few scenes", where=source, found=f"{len({r['group'] for r in rows})} with known noise", expected="3 or more",
+    scenes = len({row["group"] for row in rows})
+    if scenes < 3:
+        raise RealPairsError("too few scenes", where=source, found=f"{scenes} with known noise", expected="3 or more",
                              hint="Give every field its own group; raw counts let the noise be estimated.")
     return tuple(rows)
 
@@ -125,7 +127,7 @@ def _tiles(rows: list, side: int) -> Pairs:
 
 
 def real_pairs(source: str, fold: int, n_pairs: int, side: int = 128) -> tuple[Pairs, Pairs]:
-    "Tiles to train on and tiles to stop by of the scenes that do not judge in a fold; at most n_pairs images, shared evenly by the scenes."
+    "Tiles to train on and tiles to stop by, of the scenes that do not judge in a fold; at most n_pairs images, as many of each scene."
     folds = list_folds(source)
     rows = [row for row in real_rows(source) if row["group"] not in folds[fold % len(folds)]]
     groups, rng = sorted({row["group"] for row in rows}), make_rng(fold, "real pairs")

@@ -21,7 +21,7 @@ from ..data.io import read_image
 from ..data.registry import load_dataset
 from ..data.stabilise import STABLE
 from ..diffusion.direct import upsample
-from ..diffusion.zoo import Weights, load_weights, save_weights, weight_folders
+from ..diffusion.zoo import Weights, save_weights, weight_folders
 from .bench30 import TUNE_CONFIG, pace
 from .bench_denoise import read_record
 from .bench_pairs import expect_gain

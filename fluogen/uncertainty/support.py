@@ -126,8 +126,8 @@ def judge_support(
     "Compare what a restored image predicts with what was measured. Raises `SupportError`."
     counts, restored = np.asarray(counts, float), np.asarray(restored, float)
     if counts.ndim != 2 or restored.shape != tuple(forward.scale * n for n in counts.shape):
-        raise SupportError("the restored image does not fit the measured one", where="restored", found=f"{restored.shape} and {counts.shape}",
-                           expected=f"{forward.scale} times the size")
+        raise SupportError("the restored image does not fit the measured one", where="restored",
+                           found=f"{restored.shape} and {counts.shape}", expected=f"{forward.scale} times the size")
     if not (np.isfinite(counts).all() and np.isfinite(restored).all()):
         raise SupportError("pixels that are no numbers", where="restored")
     if not 1 <= element_px <= min(counts.shape) / 8 or not 0 < false_alarms < 1:
