@@ -140,7 +140,8 @@ def train_heads(
         config = TrainConfig(steps=steps, minutes=minutes / len(models), lr=2e-3, warmup=20, schedule="cosine", ema_decay=0.98,
                              precision="bf16", seed=seed, device=device.type if device.type == "cpu" else "auto")
         rounds = Rounds(simulate_pairs, seed, n=scenes, steps=100, device=device)
-        place, draw = Path(work) / weights.name, lambda step, rounds=rounds: heads_batch(step, seed, batch, rounds)
+        place = Path(work) / weights.id.replace("@", "-")                           # retrained weights begin anew
+        draw = lambda step, rounds=rounds: heads_batch(step, seed, batch, rounds)
         facts = {"weights": weights.id, "batch": batch}
         result = train(fitter.modules, fitter.loss, draw, config, place, facts=facts, progress=False)
         load_trained(fitter.modules, place, "average")
