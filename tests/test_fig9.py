@@ -131,8 +131,8 @@ def test_real_nuclei_by_group():
     table = fig9.loss_table(field_sets(fields, weights, RestoreSettings(), load_heads(weights), "quantile"))
     for alpha in (0.1, 0.2):
         risks = fig9.repeat_splits(table, 50 if full else 30, alpha, 0.1, repeats=200)
-        print(f"\nalpha {alpha}: {np.mean(risks <= alpha):.3f} of 200 splits of {len(fields)} groups, mean risk {np.nanmean(risks):.3f}")
-        assert np.mean(risks <= alpha) >= 0.85                                   # splits overlap: no binomial interval
+        print(f"\nalpha {alpha}: {fig9.share_kept(risks, alpha):.3f} of 200 splits of {len(fields)} groups, mean risk {np.nanmean(risks):.3f}")
+        assert fig9.share_kept(risks, alpha) >= 0.9                                   # splits overlap: no binomial interval
 
 
 # ---- picture and claims
@@ -163,7 +163,7 @@ def facts(risk=0.08, worst=0.12):
 def test_claims_follow_the_numbers():
     promise = SimpleNamespace(alpha=0.1, delta=0.1)
     held = {c["id"]: judge(**c) for c in fig9_claims.figure_claims(facts(), promise)}
-    assert held["risk"].holds and held["splits"].measured == 0.95 and held["splits"].holds and held["real_splits"].holds is False
+    assert held["risk"].holds and held["splits"].measured == 1.0 and "1 of 20 refused" in held["splits"].why and held["real_splits"].holds is False
     assert held["structure"].holds is False and "er" in held["structure"].why and held["drift"].holds and held["drift_one"].holds is False
     assert not judge(**next(c for c in fig9_claims.figure_claims(facts(risk=0.11), promise) if c["id"] == "risk")).holds
     none = facts()

@@ -82,7 +82,7 @@ def _plot_guard(axis, shares):
             if value is not None:
                 axis.barh(y + shift, max(value, 0.01), color=colour, height=0.36)
     axis.set_yticks(range(len(shares)), list(shares)[::-1], fontsize=6)
-    axis.set(xlim=(0, 1), xlabel="turned away: one image,\ntwenty together (dark)", title="drift")
+    axis.set(xlim=(0, 1), xlabel="turned away (dark: 20 together)", title="drift")
 
 
 def _plot_places(axis, miscoverage, alpha, figure):

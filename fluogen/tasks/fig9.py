@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLURRED', 'Fig9Error', 'draw_fields', 'draw_drifts', 'real_fields', 'paper_sets', 'list_ways', 'compare_ways',
-           'format_ways', 'loss_table', 'repeat_splits', 'width_ratio', 'turned_away', 'turned_away_together',
-           'leave_structures_out', 'drift_sets']
+           'format_ways', 'loss_table', 'repeat_splits', 'share_kept', 'width_ratio', 'turned_away',
+           'turned_away_together', 'leave_structures_out', 'drift_sets']
 
 # %% ../../nbs/lib/tasks/80_fig9.ipynb #77720db4
 import time
@@ -155,6 +155,12 @@ def repeat_splits(
         if k < table.shape[1]:
             risks[i] = table[order[n_calibration:], k].mean()
     return risks
+
+
+def share_kept(risks: np.ndarray, alpha: float) -> float:
+    "Share of the splits with a certificate whose test risk is at most alpha; a refusal promises nothing."
+    certified = risks[np.isfinite(risks)]
+    return float(np.mean(certified <= alpha)) if len(certified) else float("nan")
 
 
 def width_ratio(table: np.ndarray, alpha: float, delta: float, n: int = 100, seed: int = 0) -> float:

@@ -8,7 +8,7 @@ __all__ = ['CONVENTIONS', 'CLAIMS', 'measure', 'figure_claims', 'summarise', 'te
 # %% ../../nbs/lib/tasks/82_fig9_claims.ipynb #790d7ae0
 import numpy as np
 
-from .fig9 import width_ratio
+from .fig9 import share_kept, width_ratio
 
 # %% ../../nbs/lib/tasks/82_fig9_claims.ipynb #15319338
 CONVENTIONS = {"normalisation": "each image by its own percentiles (input 0.1 and 99.9; truth 0 and 99.9), clipped to [0, 1]",
@@ -42,7 +42,8 @@ def measure(facts: dict, calibration) -> dict:
     best, three = width["direct, quantiles"], width["three chains (paper)"]
     worst = max(d.labels.items(), key=lambda item: item[1].mean)
     whole = lambda risks: dict(measured=None, why="name a manifest with -p real") if risks is None else dict(
-        measured=float(np.mean(risks <= alpha)), why=f"mean risk {np.nanmean(risks):.3f}; the splits overlap, so no interval")
+        measured=share_kept(risks, alpha), why=f"mean risk {np.nanmean(risks):.3f}, {np.isnan(risks).sum()} of {len(risks)} refused; "
+        "the splits overlap, so no interval")
     return {"risk": dict(measured=d.risk.mean, ci95=(d.risk.low, d.risk.high), why=f"{d.images} scenes"),
             "splits": whole(facts["risks"]), "real_splits": whole(facts["real"]),
             "not_wasteful": dict(measured=d.risk.mean, why="a risk far below alpha is paid for in width"),
