@@ -124,7 +124,7 @@ def train_heads(
     work: str | Path,               # checkpoints
     models=MODELS,                  # names or folders of weights for super-resolution
     minutes: float = 6.0,           # time box of the training, all models together
-    steps: int | None = None,       # of each model; default 400
+    steps: int | None = None,       # of each model; default 320
     device: str = "auto",
     seed: int = 0,
     batch: int = 4,                 # scenes of 128² a step
@@ -133,7 +133,7 @@ def train_heads(
     say=print,                      # called with one line at a time
 ) -> list[Path]:
     "Train, pack, calibrate and compare the heads of each model. The same call goes on where it stopped."
-    device, steps, made = choose_device(device), steps or 400, []
+    device, steps, made = choose_device(device), steps or 320, []
     for model in models:
         weights = load_weights(model, device)
         fitter = HeadsFitter(weights, seed)
