@@ -215,6 +215,19 @@ def test_maps_lie_beside_the_result_and_are_not_made_twice(toy, tmp_path):
     assert not list(tmp_path.glob("plain.*er.tif"))                               # nobody asked
 
 
+def test_images_together_are_each_counted_once(toy, tmp_path):
+    _, weights, own, _, file = toy
+    system = Certified(file, weights, RestoreSettings(), own)
+    assert system.judge_together() == ""                                          # nothing judged yet
+    for number in range(6):
+        write_image(tmp_path / f"{number}.tif", draw_pair(820 + number)[0])
+        restore_file(tmp_path / f"{number}.tif", tmp_path / "out" / f"{number}.tif", weights, certified=system)
+    assert len(system.seen) == 6 and system.judge_together() == ""
+    for number in range(6):
+        system.judge(Image(draw_pair(820 + number, gain=3)[0], "YX"))
+    assert "these 12 images together are not like" in system.judge_together()
+
+
 def test_what_is_not_covered_says_so_in_its_name(toy, tmp_path):
     _, weights, own, _, file = toy
     system = Certified(file, weights, RestoreSettings(), own)

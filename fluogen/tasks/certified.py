@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import FluogenError
+from ..core import FluogenError, hash_array
 from ..data.io import Image, read_image
 from ..data.registry import load_dataset
 from ..diffusion.zoo import Weights
@@ -71,7 +71,7 @@ class Certified:
         heads: Weights | None = None,   # needed for the families quantile and residual
     ):
         self.weights, self.settings, self.heads = weights, settings, heads
-        self.family, self.seen = read_family(path), []
+        self.family, self.seen = read_family(path), {}          # what was judged: hash of a plane -> its features
         self.calibration = load_calibration(path, **system_facts(weights, settings, heads, self.family))
 
     def judge(self, image: Image) -> list:
@@ -81,7 +81,7 @@ class Certified:
         if not self.calibration.inputs:
             return ["not covered: calibrated on fewer than 20 images, whose range is not known"]
         points = [describe_image(plane) for plane in flat]
-        self.seen += points
+        self.seen |= {hash_array(plane): point for plane, point in zip(flat, points)}
         verdicts = [judge_input(self.calibration, point) for point in points]
         where = [f"plane {i}: " if len(flat) > 1 else "" for i in range(len(flat))]
         return [f"{place}{verdict}" for place, verdict in zip(where, verdicts) if not verdict.inside]
@@ -90,7 +90,7 @@ class Certified:
         "In words, if the images judged so far differ together from those of the calibration; else empty. At least five."
         if len(self.seen) < 5 or not self.calibration.inputs:
             return ""
-        verdict = InputRange(self.calibration.inputs).judge_together(self.seen)
+        verdict = InputRange(self.calibration.inputs).judge_together([*self.seen.values()])
         said = (f"these {len(self.seen)} images together are not like those of the calibration: their {verdict.feature} is "
                 f"{verdict.distance:.0f} standard errors away. The promise is about another kind or mix of images")
         return "" if verdict.inside else said
