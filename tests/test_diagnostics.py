@@ -162,11 +162,11 @@ def known():
     return [describe_image(measure(k)) for k in range(100)]
 
 
-def test_false_alarms_are_rare_and_p_is_uniform(known):
+def test_false_alarms_are_rare_and_p_is_valid(known):
     verdicts = [InputRange(known).judge(measure(1000 + k)) for k in range(200)]
     assert np.mean([not v.inside for v in verdicts]) <= 0.06
     p = np.sort([v.p for v in verdicts])
-    assert np.abs(p - (np.arange(200) + 0.5) / 200).max() < 0.15
+    assert ((np.arange(200) + 0.5) / 200 - p).max() < 0.1         # never smaller than uniform, up to chance
 
 
 @pytest.mark.parametrize("how", [dict(blur=1.5), dict(gain=2), dict(discs=True)], ids=str)

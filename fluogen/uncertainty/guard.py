@@ -105,7 +105,7 @@ class InputRange:
         point = describe_image(image) if np.ndim(image) == 2 else np.asarray(image, dtype=np.float64)
         pair, n = np.array(self.apart(point)), len(self.scores)
         further = np.array([n - np.searchsorted(known, value) for known, value in zip(self.scores.T, pair)])
-        which, p = int(further.argmin()), float(1 + further.min()) / (n + 1)
+        which, p = int(further.argmin()), min(1.0, 2 * float(1 + further.min()) / (n + 1))         # of two
         if which == 1 or further[0] == further[1] and pair[1] / self.usual[1] > pair[0] / self.usual[0]:
             which = 1
             feature = int(self.gaps(point).argmax())
@@ -113,7 +113,7 @@ class InputRange:
             near = np.argsort(self.distances(point))[:NEAREST]
             differs = (point - self.points[near].mean(0)) / self.spread
             feature = int((differs * (self.whiten @ self.whiten.T @ differs)).argmax())     # parts of the distance squared
-        return Verdict(bool(p > max(level, 1 / (n + 1))), p, float(pair[which] / self.usual[which]), FEATURES[feature])
+        return Verdict(bool(p > 2 * max(level, 1 / (n + 1))), p, float(pair[which] / self.usual[which]), FEATURES[feature])
 
     def judge_together(self, images, level: float = 0.02) -> Verdict:
         "Compare several images at once: is their mean, feature by feature, that of the calibration up to chance?"
