@@ -12,7 +12,8 @@ from fluogen.data.noisy import expose
 from fluogen.data.pairs import simulate_clean
 from fluogen.tasks import bench_denoise, bench_pairs, noisy_thirty
 from fluogen.tasks.bench30 import BENCH_CONFIG
-from fluogen.tasks.bench_denoise import _row, compare, score_fields, table_of
+from fluogen.tasks.bench_denoise import compare, score_fields, table_of
+from fluogen.tasks.records import score_row
 from fluogen.tasks.denoise import noisy_light, psnr_light
 from fluogen.tasks.noisy_thirty import judge_by_truth, list_folds, real_fields, real_pairs, real_rows, simulate_noisy_thirty, split_few
 
@@ -95,8 +96,8 @@ def test_the_recipe_runs_ends_and_is_not_repeated(tmp_path, monkeypatch):
 
 def test_folds_are_read_side_by_side():
     record = {"dataset": "fmd", "fields": {"fold 0": ["a", "a"], "fold 1": ["b"]}, "groups": {"fold 0": ["s", "s"], "fold 1": ["t"]},
-              "rows": [_row("fold 0", "direct", 0, "ever", [{"psnr": 1.0}, {"psnr": 2.0}]), _row("fold 1", "direct", 1, "ever", [{"psnr": 4.0}]),
-                       _row("fold 0", "noisy", 0, "ever", [{"psnr": 0.0}, {"psnr": 0.5}]), _row("fold 1", "noisy", 1, "ever", [{"psnr": 1.0}])]}
+              "rows": [score_row("fold 0", "direct", 0, "ever", [{"psnr": 1.0}, {"psnr": 2.0}]), score_row("fold 1", "direct", 1, "ever", [{"psnr": 4.0}]),
+                       score_row("fold 0", "noisy", 0, "ever", [{"psnr": 0.0}, {"psnr": 0.5}]), score_row("fold 1", "noisy", 1, "ever", [{"psnr": 1.0}])]}
     values, _, groups = table_of(record, "psnr", "direct")
     assert values.tolist() == [[1.0, 2.0, 4.0]] and len(set(groups)) == 2
     assert abs(compare(record, ("direct", "ever"), ("noisy", "ever")).mean - (1 + 1.5 + 3) / 3) < 1e-9

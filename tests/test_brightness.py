@@ -64,6 +64,3 @@ def test_a_small_run_ships_three_networks_and_adds_seeds(monkeypatch, tmp_path):
     assert (tmp_path / "out" / "brightness-eps" / "card.md").is_file() and all(len(row["mean"]) == 16 for row in record["rows"])
     with pytest.raises(BrightnessError, match="no such process"):
         room.train_process("x0", 0, tmp_path, tmp_path)
-    monkeypatch.setattr(room, "weight_folders", lambda: [tmp_path / "nowhere"])
-    with pytest.raises(BrightnessError, match="fluogen train brightness"):
-        room.read_brightness()

@@ -12,7 +12,7 @@ import pytest
 from toys import save_toy
 
 from fluogen import cli
-from fluogen.cli import Progress, main
+from fluogen.cli import Progress
 from fluogen.data.io import read_image, write_image
 from fluogen.diffusion import zoo
 from fluogen.report import doctor
@@ -32,19 +32,6 @@ def raw(tmp_path):
         write_image(folder / f"{name}.tif", rng.poisson(200, (20, 24)).astype(np.uint16),
                     pixel_um={"Y": 0.06, "X": 0.06})
     return folder
-
-
-@pytest.fixture
-def run(capsys):
-    "main([...]) -> (exit code, output stream, lines of the error stream)"
-    def call(*arguments):
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        return code, said.out, said.err.splitlines()
-    return call
 
 
 # ---- quick

@@ -17,18 +17,6 @@ def model(tmp_path_factory):
     return str(save_interval_toy(tmp_path_factory.mktemp("weights") / "toy"))
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        return code, said.out, said.err.splitlines()
-    return call
-
-
 @pytest.fixture(scope="module")
 def calibration(model, tmp_path_factory):
     "A calibration file on 24 pairs, made by the command."

@@ -9,6 +9,7 @@ from fluogen.core import FluogenError
 from fluogen.data.io import write_image
 from fluogen.report.claims import judge
 from fluogen.tasks import bench30, fig4, fig4_claims, scoring, thirty
+from fluogen.tasks.records import read_record
 
 
 def write_pairs(folder, rows):
@@ -110,7 +111,7 @@ def test_the_test_fields_come_from_other_optics():
 
 
 def test_the_shipped_record_is_whole():
-    record = scoring.read_record()
+    record = read_record("bench30", "bench30")
     assert len(record["seeds"]) >= 3
     for kind in scoring.KINDS:
         for method in (*bench30.LEARNED, "direct"):

@@ -62,7 +62,7 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
     assert len(said) == 4 + 4 + 2 and record["grades"]["ten passes"]["n"] == 64 and record["grades"]["guidance 2"]["n"] == 32
     before = said.copy()
     assert json.loads((run() / "scores.json").read_text())["grades"] == record["grades"] and said == before     # nothing drawn twice
-    monkeypatch.setattr("fluogen.tasks.grading.weight_folders", lambda: [tmp_path])
+    monkeypatch.setattr("fluogen.tasks.records.weight_folders", lambda: [tmp_path])
     found, why = open_grades(record["weights"])
     assert why == "" and "ten passes" in format_grades(found) and tell(found, "")
     assert all(claim.get("measured") is not None or claim["why"] for claim in figure_claims(found, ""))
@@ -73,7 +73,7 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
 
 
 def test_no_grades_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr("fluogen.tasks.grading.weight_folders", lambda: [tmp_path])
+    monkeypatch.setattr("fluogen.tasks.records.weight_folders", lambda: [tmp_path])
     record, why = open_grades("a@1")
     assert record is None and "fluogen train score-prior" in why and "\n" not in why
     with pytest.raises(GradingError, match="multiple of 4"):

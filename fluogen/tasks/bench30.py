@@ -24,6 +24,7 @@ from ..diffusion.zoo import load_weights
 from .baselines import BASELINES, build_baseline
 from .finetune import (ControlFitter, DirectFitter, FitConfig, NetworkFitter, Pairs,
                                      blend_weights, draw_batch, fit)
+from .records import keep_once, keep_record
 from .thirty import draw_thirty
 
 # %% ../../nbs/lib/tasks/50_bench30.ipynb #cdbe05fc
@@ -105,7 +106,7 @@ def run_method(
     suite = import_module(bench)
     n_pairs = suite.METHODS[method].n_pairs if n_pairs is None or not suite.METHODS[method].n_pairs else n_pairs
     if not n_pairs:
-        return _report(folder, {"method": method, "seed": seed, "steps": 0})
+        return keep_once(folder / "result.json", lambda: {"method": method, "seed": seed, "steps": 0})
     config = replace(config or suite.METHODS[method].config, seed=seed)
     pairs, validation = suite.draw_pairs(method, seed, n_pairs, dataset)
     validation = validation.take(list(range(min(len(validation), MAX_VALIDATION))))
@@ -121,16 +122,11 @@ def run_method(
 
     result = fit(fitter, pairs, validation, config, folder, callback=keep)
     free = sum(p.numel() for p in fitter.modules.parameters() if p.requires_grad)
-    return _report(folder, {
+    report = {
         "method": method, "seed": seed, "seconds": seconds, "seconds a step": round(step_s, 4), "steps in time": in_time,
         "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3), "parameters": free,
-        "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": asdict(config)})
-
-
-def _report(folder: Path, report: dict) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "result.json") as temporary:
-        Path(temporary).write_text(json.dumps(report, indent=1))
+        "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": asdict(config)}
+    keep_record(folder / "result.json", report, 1)
     return report
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HERE', 'LEARNED', 'METHODS', 'SHIPPED', 'make_fitter', 'draw_pairs', 'packing', 'restore_fields', 'score_fields',
-           'classical', 'score_job', 'make_fields', 'run_bench', 'ship_method', 'open_denoiser', 'read_record',
+           'classical', 'score_method', 'score_once', 'make_fields', 'run_bench', 'ship_method', 'open_denoiser',
            'table_of', 'best_baseline', 'compare']
 
 # %% ../../nbs/lib/tasks/52_bench_denoise.ipynb #cdeff6a7
@@ -16,19 +16,20 @@ import numpy as np
 import torch
 
 from ..core import derive_seed
-from ..data.files import atomic_write
+from ..data.stabilise import STABLE
 from ..diffusion.backbone import Backbone
-from ..diffusion.zoo import load_weights, save_weights, weight_folders
+from ..diffusion.zoo import load_weights
 from ..metrics.intervals import paired_interval
 from ..metrics.restoration import score_restoration
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Method, fit_all, load_method, run_jobs
 from .denoise import DENOISE, noisy_light
-from .denoisers import build_denoiser, denoise_nlm, fit_denoiser, tune_nlm
+from .denoisers import DenoiserError, build_denoiser, denoise_nlm, fit_denoiser, tune_nlm
 from .finetune import DirectFitter, NetworkFitter, Pairs
 from .noisy_thirty import (NoisyFields, list_folds, real_fields, real_pairs, simulate_noisy_thirty,
                                         simulated_fields, split_few)
-from .recipes import as_pairs, module_configs
-from .scoring import ScoringError, pack_round_trip
+from .records import RecordError, describe_bench, keep_once, keep_record, score_row, ship_fit
+from .recipes import as_pairs
+from .scoring import pack_round_trip
 
 # %% ../../nbs/lib/tasks/52_bench_denoise.ipynb #39c00541
 HERE = "fluogen.tasks.bench_denoise"
@@ -88,30 +89,24 @@ def classical(seed: int, dataset: str) -> dict:
             "nlm": lambda fields: denoise_nlm(fields.batch.condition, strength)[:, 0].numpy()}
 
 
-def _row(kind: str, way: str, seed, which: str, scores: list[dict]) -> dict:
-    return {"kind": kind, "way": way, "seed": seed, "which": which, "scores": {key: [s[key] for s in scores] for key in scores[0]}}
+def score_method(method: str, seed: int, folder, dataset: str, n_per_row: int) -> list[dict]:
+    "Scores of one fit, or of a method that learns nothing, on every kind of field."
+    fields = make_fields(seed, dataset, n_per_row)
+    if method in ("noisy", "nlm"):
+        way = classical(seed, dataset)[method]
+        return [score_row(kind, method, seed, "ever", score_fields(way(some), some)) for kind, some in fields.items()]
+    rows = []
+    for which, file in (("ever", "best"), ("in time", "in_time")):
+        if which == "in time" and (method not in LEARNED or not (Path(folder) / "in_time.safetensors").is_file()):
+            continue
+        fitter = pack_round_trip(load_method(method, seed, folder, file, HERE), packing(method))
+        rows += [score_row(kind, method, seed, which, score_fields(restore_fields(fitter, some), some)) for kind, some in fields.items()]
+    return rows
 
 
-def score_job(job: tuple) -> list[dict]:
-    "Scores of one fit (method, fold or seed, folder, dataset, fields a row), kept beside it and not repeated."
-    method, seed, folder, dataset, n_per_row = job
-    done = Path(folder) / "scores.json"
-    if not done.is_file():
-        fields, rows = make_fields(seed, dataset, n_per_row), []
-        if method in ("noisy", "nlm"):
-            way = classical(seed, dataset)[method]
-            rows = [_row(kind, method, seed, "ever", score_fields(way(some), some)) for kind, some in fields.items()]
-        else:
-            for which, file in (("ever", "best"), ("in time", "in_time")):
-                if which == "in time" and (method not in LEARNED or not (Path(folder) / "in_time.safetensors").is_file()):
-                    continue
-                fitter = pack_round_trip(load_method(method, seed, folder, file, HERE), packing(method))
-                rows += [_row(kind, method, seed, which, score_fields(restore_fields(fitter, some), some))
-                         for kind, some in fields.items()]
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with atomic_write(done) as temporary:
-            Path(temporary).write_text(json.dumps(rows))
-    return json.loads(done.read_text())
+def score_once(job: tuple) -> list[dict]:
+    "`score_method` (method, fold or seed, folder, dataset, fields a row), kept beside the fit and not repeated."
+    return keep_once(Path(job[2]) / "scores.json", lambda: score_method(*job))
 
 
 def make_fields(seed: int, dataset: str, n_per_row: int = 2) -> dict[str, NoisyFields]:
@@ -141,15 +136,11 @@ def run_bench(
     jobs = [(m, s, str(work / f"{m}-{s}"), dataset, n_per_row) for s in seeds for m in ("noisy", "nlm")]
     done = sorted(json.loads(p.read_text())["method"] + "/" + str(json.loads(p.read_text())["seed"]) for p in work.glob("*/result.json"))
     jobs += [(m, int(s), str(work / f"{m}-{s}"), dataset, n_per_row) for m, s in (key.split("/") for key in done)]
-    rows = [row for part in run_jobs(score_job, jobs, workers) for row in part]
+    rows = [row for part in run_jobs(score_once, jobs, workers) for row in part]
     fields = {kind: some for seed in (seeds[:1] if simulated else seeds) for kind, some in make_fields(seed, dataset, n_per_row).items()}
-    bases = sorted({METHODS[r["method"]].base for r in reports} - {None})
-    made = {"dataset": name, "bases": [load_weights(base).id for base in bases], "seeds": list(seeds), "n_per_row": n_per_row,
-            "fits": reports, "rows": rows, "fields": {kind: some.batch.structures for kind, some in fields.items()},
-            "groups": {kind: some.batch.groups for kind, some in fields.items()}, "torch": torch.__version__.split("+")[0]}
-    (out / "bench-denoise").mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "bench-denoise" / f"{name}.json") as temporary:
-        Path(temporary).write_text(json.dumps(made))
+    made = describe_bench(rows, reports, {kind: some.batch for kind, some in fields.items()}, {METHODS[r["method"]].base for r in reports},
+                          dataset=name, seeds=list(seeds), n_per_row=n_per_row)
+    keep_record(out / "bench-denoise" / f"{name}.json", made)
     for report in reports:
         if simulated and report["seed"] == seeds[0] and report["method"] in SHIPPED:
             ship_method(out / f"bench-denoise-{report['method']}", work / f"{report['method']}-{seeds[0]}", report)
@@ -159,17 +150,11 @@ def run_bench(
 def ship_method(folder: Path, work: Path, report: dict) -> Path:
     "Pack one fitted method as weights by name, with its card."
     method, seed = report["method"], report["seed"]
-    fitter = load_method(method, seed, work, bench=HERE)
-    plain = isinstance(fitter, NetworkFitter)
-    about = {"task": "denoise", "scale": 1, "norm": "stabilise", "adaptation": "network" if plain else "direct",
-             "schedule": None if plain else vars(fitter.schedule.config), "direct": None if plain else vars(fitter.config),
-             "modules": {"network": {"name": method}} if plain else module_configs(fitter.modules)}
     card = {"summary": f"{method}, fitted on thirty simulated noisy pairs: a column of figure 5, not for use.",
             "data": f"24 + 6 simulated pairs of 128² (draw {seed}), optics range train, every exposure.",
-            "licence": "Apache-2.0; the training data are simulated by this package.", "recipe": "fluogen train bench-denoise",
-            "training": {k: report[k] for k in ("steps", "best step", "seconds a step", "parameters", "validation dB")},
-            "scores": "see bench-denoise/scores.json", "limits": "Made for a comparison: trained on thirty small fields."}
-    return save_weights(folder, {k: m.state_dict() for k, m in fitter.modules.items()}, about, card, **packing(method))
+            "recipe": "fluogen train bench-denoise", "scores": "see bench-denoise/scores.json"}
+    about = {"task": "denoise", "scale": 1, "norm": STABLE}
+    return ship_fit(folder, load_method(method, seed, work, bench=HERE), report, about, card, packing(method))
 
 
 def open_denoiser(name: str):
@@ -182,21 +167,13 @@ def open_denoiser(name: str):
     elif weights.direct is not None and weights.direct.matched:
         fitter = DirectFitter(weights, weights.direct)
     else:
-        raise ScoringError("these weights do not denoise", where=name, found=f"task {weights.config.get('task')}",
+        raise DenoiserError("these weights do not denoise", where=name, found=f"task {weights.config.get('task')}",
                            expected="task denoise")
     fitter.modules.eval().requires_grad_(False)
     fitter.id = weights.id
     return fitter
 
 # %% ../../nbs/lib/tasks/52_bench_denoise.ipynb #2782f3e9
-def read_record(name: str = "scores", folder: str = "bench-denoise") -> dict | None:
-    "The scores that the recipe kept, from the package or the user's cache; None where there are none yet."
-    for place in weight_folders():
-        if (place / folder / f"{name}.json").is_file():
-            return json.loads((place / folder / f"{name}.json").read_text())
-    return None
-
-
 def table_of(record: dict, metric: str, way: str, which: str = "ever", kinds=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores (seeds, fields) of one way, the structures (fields,) and groups (fields,).
 
@@ -212,7 +189,7 @@ def table_of(record: dict, metric: str, way: str, which: str = "ever", kinds=Non
         kinds = [kind for kind in kinds if any(kind == key for key, _ in rows)]
         values = np.array([[v for kind in kinds for (key, _), some in rows.items() if key == kind for v in some]])
     if not values.size:
-        raise ScoringError("not in the record", where=f"{way}, {which}", found=metric)
+        raise RecordError("not in the record", where=f"{way}, {which}", found=metric)
     strata = np.array([name for kind in kinds for name in record["fields"][kind]])
     groups = np.array([f"{kind}/{g}" for kind in kinds for g in (record["groups"].get(kind) or range(len(record["fields"][kind])))])
     return values, strata, groups

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HERE', 'COUNTS', 'FEW', 'CURVE_CONFIG', 'TUNED', 'METHODS', 'TUNINGS', 'N_FIELDS', 'SERIES', 'describe_laboratory',
-           'laboratory_pairs', 'draw_pairs', 'make_fitter', 'score_job', 'run_curve', 'curve_of', 'interval_of',
-           'find_crossing', 'expect_gain']
+           'laboratory_pairs', 'draw_pairs', 'make_fitter', 'score_method', 'score_once', 'run_curve', 'curve_of',
+           'interval_of', 'find_crossing', 'expect_gain']
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #78ffd14a
 import json
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from ..core import derive_seed, make_rng
-from ..data.files import atomic_write
 from ..data.microscopes import HELD_OUT, OpticsRange
 from ..data.noisy import TEST_EXPOSURES, expose
 from ..data.pairs import PairBatch, simulate_clean
@@ -29,6 +28,7 @@ from .denoise import ROWS
 from .fewer import restrict
 from .finetune import Pairs
 from .noisy_thirty import judge_by_truth, split_few
+from .records import keep_once, keep_record
 from .recipes import as_pairs
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #2df28524
@@ -79,19 +79,19 @@ def make_fitter(method: str, seed: int):
     return restrict(bench_denoise.make_fitter("direct", seed), method if method in TUNINGS else "all")
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #b97674fa
-def score_job(job: tuple) -> dict:
-    "Scores of one fit (method, seed, pairs, folder), kept beside it and not repeated."
-    method, seed, n_pairs, folder = job
-    done = Path(folder) / "scores.json"
-    if not done.is_file():
-        fields, row = judge_by_truth(laboratory_pairs(seed, N_FIELDS, "fields")), {"method": method, "seed": seed, "pairs": n_pairs}
-        for which, file in (("ever", "best"), ("in time", "in_time")):
-            if which == "ever" or (Path(folder) / "in_time.safetensors").is_file():
-                fitter = load_method(method, seed, folder, file, HERE)
-                row[which] = [s["psnr"] for s in score_fields(restore_fields(fitter, fields), fields)]
-        with atomic_write(done) as temporary:
-            Path(temporary).write_text(json.dumps(row))
-    return json.loads(done.read_text())
+def score_method(method: str, seed: int, n_pairs: int, folder) -> dict:
+    "PSNR of one fit on the fields of its laboratory."
+    fields, row = judge_by_truth(laboratory_pairs(seed, N_FIELDS, "fields")), {"method": method, "seed": seed, "pairs": n_pairs}
+    for which, file in (("ever", "best"), ("in time", "in_time")):
+        if which == "ever" or (Path(folder) / "in_time.safetensors").is_file():
+            fitter = load_method(method, seed, folder, file, HERE)
+            row[which] = [s["psnr"] for s in score_fields(restore_fields(fitter, fields), fields)]
+    return row
+
+
+def score_once(job: tuple) -> dict:
+    "`score_method` (method, seed, pairs, folder), kept beside the fit and not repeated."
+    return keep_once(Path(job[3]) / "scores.json", lambda: score_method(*job))
 
 
 def run_curve(
@@ -114,12 +114,10 @@ def run_curve(
     found = [(json.loads(p.read_text()), p.parent) for p in sorted(work.glob("*/*/result.json"))]
     jobs = [(r["method"], r["seed"], int(folder.parent.name), str(folder)) for r, folder in found]
     bases = sorted({METHODS[r["method"]].base for r, _ in found} - {None})
-    made = {"rows": run_jobs(score_job, jobs, workers), "bases": [load_weights(base).id for base in bases],
+    made = {"rows": run_jobs(score_once, jobs, workers), "bases": [load_weights(base).id for base in bases],
             "laboratories": {str(r["seed"]): [describe_laboratory(r["seed"])[0], describe_laboratory(r["seed"])[2]] for r, _ in found},
             "fits": [{**r, "pairs": int(folder.parent.name)} for r, folder in found]}
-    (out / "bench-pairs").mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "bench-pairs" / "scores.json") as temporary:
-        Path(temporary).write_text(json.dumps(made))
+    keep_record(out / "bench-pairs" / "scores.json", made)
     return out / "bench-pairs"
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #5613bd28

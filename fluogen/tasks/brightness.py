@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROCESSES', 'WORDS', 'SIZE_PX', 'NETWORK', 'SAMPLING', 'BrightnessError', 'brightness_batch', 'crop_and_expose',
-           'train_process', 'sample_process', 'sample_data', 'run_brightness', 'read_brightness', 'compare_brightness']
+           'train_process', 'sample_process', 'sample_data', 'run_brightness', 'compare_brightness']
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #ac2b813d
 import json
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, derive_seed, make_rng
-from ..data.files import atomic_write
 from ..data.pairs import simulate_targets
 from ..diffusion.backbone import Backbone
 from ..diffusion.prompts import WordEncoder
@@ -23,10 +22,11 @@ from ..diffusion.schedule import Schedule, ScheduleConfig
 from ..diffusion.session import load_weights as load_trained
 from ..diffusion.shape import BackboneConfig
 from ..diffusion.train import TrainConfig, train
-from ..diffusion.zoo import load_weights, save_weights, weight_folders
+from ..diffusion.zoo import load_weights, save_weights
 from ..metrics.pictures import measure_brightness, wasserstein_distance
 from .generate import GenerateSettings, generate
 from .prior import prior_loss, training_facts
+from .records import keep_record
 from .scenes import PAPER_PROMPTS, Rounds, draw_rows, turn
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #663e56ae
@@ -132,30 +132,13 @@ def run_brightness(
             row = {"process": process, "seed": seed, "weights": weights.id,
                    "steps": weights.config["card"]["training"]["steps"],
                    **{key: [round(float(v), 5) for v in values] for key, values in made.items()}}
-            _write(done, row)
+            keep_record(done, row)
     rows = [json.loads(p.read_text()) for p in sorted(work.glob("*-[0-9]*.json"))]
     data = {name: {key: [round(float(v), 5) for v in values] for key,
                    values in measure_brightness(sample_data(per_prompt, 0, split)).items()}
             for name, split in (("data", "validation"), ("other data", "test"))}
-    (out / "brightness").mkdir(parents=True, exist_ok=True)
-    _write(out / "brightness" / "scores.json", {"prompts": list(PAPER_PROMPTS), "per_prompt": per_prompt,
-                                                "sampling": SAMPLING,
-                                                "network": NETWORK, "rows": rows, **data})
-    return out / "brightness"
-
-
-def _write(path: Path, content: dict) -> None:
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps(content))
-
-
-def read_brightness() -> dict:
-    "The record of the recipe, from the package or the user's cache."
-    for folder in weight_folders():
-        if (folder / "brightness" / "scores.json").is_file():
-            return json.loads((folder / "brightness" / "scores.json").read_text())
-    raise BrightnessError("no recorded brightness", where="brightness/scores.json",
-                          hint="Make it with: fluogen train brightness.")
+    return keep_record(out / "brightness" / "scores.json", {
+        "prompts": list(PAPER_PROMPTS), "per_prompt": per_prompt, "sampling": SAMPLING, "network": NETWORK, "rows": rows, **data}).parent
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #900e93e0
 def compare_brightness(

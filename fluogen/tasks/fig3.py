@@ -12,7 +12,7 @@ import numpy as np
 from ..core import FluogenError, derive_seed
 from ..data.pairs import simulate_targets
 from .generate import GenerateSettings, generate, pixel_of_prompt
-from .grading import GradingError, read_grades
+from .records import RecordError, read_record
 
 # %% ../../nbs/lib/tasks/74_fig3.ipynb #7dae19be
 PUBLISHED = ("ER of COS-7", "F-actin of COS-7", "Microtubules of COS-7", "CCPs of COS-7", "Nucleus of BPAE",
@@ -65,8 +65,8 @@ COLUMNS = {"kernel": "kernel dist.", "frechet": "Fréchet", "precision": "precis
 def open_grades(weights_id: str) -> tuple[dict | None, str]:
     "The record and why it cannot be used: other weights, or none. The record is None then."
     try:
-        record = read_grades()
-    except GradingError as error:
+        record = read_record("generation", "score-prior")
+    except RecordError as error:
         return None, str(error)
     if record["weights"] != weights_id:
         return None, (f"the grades are those of {record['weights']}, these weights are {weights_id}: "

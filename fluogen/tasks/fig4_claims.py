@@ -11,7 +11,8 @@ import numpy as np
 
 from .bench30 import LEARNED
 from .fig4 import DISPLAY
-from .scoring import ScoringError, best_baseline, compare, read_record, table_of
+from .records import RecordError, read_record
+from .scoring import best_baseline, compare, table_of
 
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #d251ea01
 CLAIMS = {      # id -> sentence, what it must reach
@@ -57,7 +58,7 @@ def claim_difference(name: str, record: dict, first: tuple, second: tuple, metri
     about = dict(id=name, claim=CLAIMS[name][0], source="this package, thirty pairs", **CLAIMS[name][1])
     try:
         interval = compare(record, first, second, metric)
-    except ScoringError as error:
+    except RecordError as error:
         return about | dict(measured=None, why=str(error))
     draws = f"{interval.n_seeds} draw{'s' if interval.n_seeds > 1 else ''}"
     return about | dict(measured=interval.mean, ci95=(interval.low, interval.high),
@@ -67,9 +68,9 @@ def claim_difference(name: str, record: dict, first: tuple, second: tuple, metri
 def claim_real() -> dict:
     "The same comparison on real images under a simulated microscope; not measured where the record is not there."
     try:
-        real = read_record("real")
+        real = read_record("bench30", "bench30 --dataset PATH", "real")
         return claim_difference("real_gain", real, ("direct", "ever"), best_baseline(real), "psnr")
-    except ScoringError as error:
+    except RecordError as error:
         return dict(id="real_gain", claim=CLAIMS["real_gain"][0], source="this package, thirty pairs", measured=None, why=str(error),
                     **CLAIMS["real_gain"][1])
 
@@ -104,7 +105,7 @@ def format_credit(record: dict) -> str:
     for way, has in CREDIT.items():
         try:
             values = [table_of(record, kind, "psnr", way).mean() for kind in kinds]
-        except ScoringError:
+        except RecordError:
             continue
         lines.append(f"{way:<11}{has[0]:>7}{has[1]:>11}{has[2]:>11}" + "".join(f"{value:11.2f} dB" for value in values))
     return "\n".join(lines)

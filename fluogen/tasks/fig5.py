@@ -17,11 +17,11 @@ from ..data.optics import UPSAMPLING
 from ..diffusion.zoo import ZooError, load_weights
 from ..metrics.intervals import paired_interval
 from .bench30 import load_method, run_method
-from .bench_denoise import HERE, best_baseline, classical, compare, open_denoiser, read_record, restore_fields
+from .bench_denoise import HERE, best_baseline, classical, compare, open_denoiser, restore_fields
 from .denoise import DENOISE, ROWS, held_out_fields
 from .finetune import DirectFitter
 from .noisy_thirty import NoisyFields, judge_by_truth, real_fields
-from .scoring import ScoringError
+from .records import RecordError, find_record
 from ..uncertainty.support import Detection, measure_detection
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #9cd1c5a5
@@ -166,7 +166,7 @@ def _difference(record, name, claim, first, second, metric="psnr", **threshold) 
     try:
         second = best_baseline(record, metric) if second == "best" else second
         found = compare(record, first, second, metric)
-    except (ScoringError, ValueError) as error:
+    except (RecordError, ValueError) as error:
         return about | dict(measured=None, why=f"not in the record yet: {error}")
     why = f"{first[0]} against {second[0]} ({second[1]}), {found.n_seeds} x {found.n_fields} fields"
     return about | dict(measured=found.mean, ci95=(found.low, found.high), why=why)
@@ -175,7 +175,7 @@ def _difference(record, name, claim, first, second, metric="psnr", **threshold) 
 def figure_claims(noise_error: float | None, guard: Detection | None) -> list[dict]:
     "Arguments of `fluogen.report.claims.judge`, from the records and from what was measured here."
     ours, ever = ("direct", "ever"), lambda name: (name, "ever")
-    made, claims, above = read_record(), [], dict(at_least=0.0, interval_above=0, unit="dB")
+    made, claims, above = find_record("bench-denoise"), [], dict(at_least=0.0, interval_above=0, unit="dB")
     for name, claim, second, metric, threshold in (
             ("gain_psnr", "30 pairs, mean over exposures: over the best learned baseline", "best", "psnr", above | dict(at_least=0.3)),
             ("gain_ms_ssim", "... in MS-SSIM", "best", "ms_ssim", dict(at_least=0.005, interval_above=0)),
@@ -186,7 +186,7 @@ def figure_claims(noise_error: float | None, guard: Detection | None) -> list[di
         first = ever("prior") if name == "prior_worth" else ours
         claims.append(_difference(made, name, claim, first, second, metric, **threshold))
     for data in ("fmd", "w2s"):
-        real, title = read_record(data), f"real {data.upper()}: "
+        real, title = find_record("bench-denoise", data), f"real {data.upper()}: "
         claims.append(_difference(real, f"{data}_over_input", title + "over the noisy input", ours, ever("noisy"), at_least=4.0, unit="dB"))
         beside = _difference(real, f"{data}_not_below", title + "upper end of the difference to the best learned baseline", ours, "best",
                              at_least=0.0, unit="dB")

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FEW', 'WAYS', 'BLOCK', 'SHARE', 'GradingError', 'draw_block', 'draw_way', 'block_prompts', 'held_out_scenes',
            'training_scenes', 'grade_set', 'disguise', 'grade_copies', 'grade_prior', 'encoder_accuracy',
-           'round_numbers', 'read_grades']
+           'round_numbers']
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #4bf79392
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..core import FluogenError, derive_seed, make_rng
 from ..data.files import atomic_write
 from ..data.pairs import simulate_targets
 from ..data.phantom import structure_of
-from ..diffusion.zoo import load_weights, weight_folders
+from ..diffusion.zoo import load_weights
 from ..metrics.copies import check_copies, find_nearest, shrink_pictures, turn_pictures
 from ..metrics.generation import (compare_kernel_distances, diversity, frechet_distance, kernel_distance,
                                         precision_recall, prompt_fidelity)
@@ -28,6 +27,7 @@ from ..metrics.pictures import (as_stack, average_over_labels, histogram_distanc
                                       spectrum_distance, wasserstein_distance)
 from .encoder import Encoder, default_encoder, embed
 from .generate import GenerateSettings, generate
+from .records import keep_record
 from .scenes import PAPER_PROMPTS, Rounds
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #3fd6658e
@@ -182,9 +182,7 @@ def grade_prior(
               "compared": compared,
               "copies": copies, "torch": torch.__version__.split("+")[0], "precision": options.get("precision",
                       "bf16")}
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "scores.json") as temporary:
-        Path(temporary).write_text(json.dumps(round_numbers(record)))
+    keep_record(folder / "scores.json", round_numbers(record))
     return folder
 
 
@@ -205,12 +203,3 @@ def round_numbers(value):
     if isinstance(value, float | np.floating):
         return float(f"{value:.5g}") if np.isfinite(value) else None
     return value
-
-
-def read_grades() -> dict:
-    "The record of the recipe, from the package or the user's cache."
-    for folder in weight_folders():
-        if (folder / "generation" / "scores.json").is_file():
-            return json.loads((folder / "generation" / "scores.json").read_text())
-    raise GradingError("no recorded grades", where="generation/scores.json",
-                       hint="Make them with: fluogen train score-prior.")

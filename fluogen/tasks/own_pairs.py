@@ -23,12 +23,12 @@ from ..data.stabilise import STABLE
 from ..diffusion.direct import upsample
 from ..diffusion.zoo import Weights, save_weights, weight_folders
 from .bench30 import TUNE_CONFIG, pace
-from .bench_denoise import read_record
 from .bench_pairs import expect_gain
 from .denoise import noisy_light
 from .fewer import merge, restrict
 from .finetune import ControlFitter, DirectFitter, FitConfig, Pairs, fit, validation_psnr
 from .noisy_pairs import read_noisy_pair
+from .records import find_record
 from .recipes import module_configs
 from .settings import load_for_task
 
@@ -187,7 +187,7 @@ def adapt(
     made = Adapted(name, Path(out or weight_folders()[1]) / name, float((-10 * enlarged.log10()).mean()), before, after,
                    len(training), len(held), result.step, find_alarm(before, after, values))
     keep_adapted(made, fitter, weights, base, source, config)
-    if task == "denoise" and (more := expect_gain(read_record("scores", "bench-pairs"), len(pairs))):
+    if task == "denoise" and (more := expect_gain(find_record("bench-pairs"), len(pairs))):
         say(more)
     return made
 

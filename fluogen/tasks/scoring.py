@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ELEMENT_UM', 'COUNTS_PER_UNIT', 'CONTROL_WAYS', 'KINDS', 'SHIPPED', 'packing', 'pack_round_trip', 'restore_fields',
            'score_fields', 'classical_methods', 'list_ways', 'score_method', 'score_once', 'run_bench', 'ship_method',
-           'ScoringError', 'open_fitter', 'read_record', 'table_of', 'list_seeds', 'best_baseline', 'compare']
+           'open_fitter', 'table_of', 'list_seeds', 'best_baseline', 'compare']
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #df33a3ac
 import json
@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import FluogenError
-from ..data.files import atomic_write
 from ..diffusion.packing import pack_state, unpack_state
-from ..diffusion.zoo import load_weights, save_weights, weight_folders
+from ..diffusion.zoo import load_weights
 from ..metrics.intervals import paired_interval
 from ..metrics.resolution import fourier_ring_correlation, fourier_ring_resolution
 from ..metrics.restoration import score_restoration
@@ -25,7 +23,8 @@ from ..metrics.structures import structure_errors
 from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
-from .recipes import as_pairs, module_configs
+from .recipes import as_pairs
+from .records import RecordError, describe_bench, keep_once, keep_record, score_row, ship_fit
 from .thirty import draw_fields, make_thirty, split_thirty
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #7e7adbb5
@@ -108,19 +107,13 @@ def score_method(method: str, seed: int, folder, fields: dict) -> list[dict]:
         for kind, batch in fields.items():
             for way, options in list_ways(method, kind).items():
                 scores = score_fields(restore_fields(fitter, batch, **options), batch, full=kind == "held-out" and which == "best")
-                rows.append({"kind": kind, "way": way, "seed": seed, "which": {"best": "ever", "in_time": "in time"}[which],
-                             "scores": {key: [r[key] for r in scores] for key in scores[0]}})
+                rows.append(score_row(kind, way, seed, {"best": "ever", "in_time": "in time"}[which], scores))
     return rows
 
 
 def score_once(job: tuple) -> list[dict]:
     "`score_method`, kept beside the fit and not repeated."
-    done = Path(job[2]) / "scores.json"
-    if not done.is_file():
-        made = score_method(*job)
-        with atomic_write(done) as temporary:
-            Path(temporary).write_text(json.dumps(made))
-    return json.loads(done.read_text())
+    return keep_once(Path(job[2]) / "scores.json", lambda: score_method(*job))
 
 
 def run_bench(
@@ -140,20 +133,15 @@ def run_bench(
     reports = [json.loads(p.read_text()) for p in sorted(work.glob("*/result.json"))]       # also of earlier calls
     seeds = sorted({r["seed"] for r in reports})
     fields = {kind: draw_fields(kind, n_per_structure, dataset=dataset) for kind in (KINDS if simulated else KINDS[:1])}
-    rows = [{"kind": kind, "way": name, "seed": None, "which": "ever", "scores": {k: [r[k] for r in scores] for k in scores[0]}}
-            for name, method in classical_methods(seeds[0], dataset).items() for kind, batch in fields.items()
-            for scores in [score_fields(method(batch), batch, full=simulated and kind == "held-out")]]
+    rows = [score_row(kind, name, None, "ever", score_fields(method(batch), batch, full=simulated and kind == "held-out"))
+            for name, method in classical_methods(seeds[0], dataset).items() for kind, batch in fields.items()]
     nine = {r["method"] for r in reports if METHODS[r["method"]].frames == 9}
     frames = {kind: draw_fields(kind, n_per_structure, raw_frames=True) for kind in KINDS} if nine else {}
     jobs = [(r["method"], r["seed"], str(work / f"{r['method']}-{r['seed']}"), frames if r["method"] in nine else fields) for r in reports]
     rows += [row for made in run_jobs(score_once, jobs, workers) for row in made]
-    bases = sorted({METHODS[r["method"]].base for r in reports} - {None})
-    made = {"bases": [load_weights(base).id for base in bases], "seeds": list(seeds), "n_per_structure": n_per_structure, "fits": reports,
-            "rows": rows, "fields": {kind: batch.structures for kind, batch in fields.items()},
-            "groups": {kind: batch.groups for kind, batch in fields.items()}, "torch": torch.__version__.split("+")[0]}
-    (out / "bench30").mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "bench30" / f"{record}.json") as temporary:
-        Path(temporary).write_text(json.dumps(made))
+    made = describe_bench(rows, reports, fields, {METHODS[r["method"]].base for r in reports},
+                          seeds=list(seeds), n_per_structure=n_per_structure)
+    keep_record(out / "bench30" / f"{record}.json", made)
     for report in reports:
         if simulated and report["seed"] == seeds[0] and report["method"] in SHIPPED:
             ship_method(out / f"bench30-{report['method']}", work / f"{report['method']}-{seeds[0]}", report)
@@ -166,25 +154,13 @@ SHIPPED = (*LEARNED, "direct", "control")       # the columns of the figure
 def ship_method(folder: Path, work: Path, report: dict) -> Path:
     "Pack one fitted method as weights by name, with its card."
     method, seed = report["method"], report["seed"]
-    fitter = load_method(method, seed, work)
-    plain = isinstance(fitter, NetworkFitter)
-    about = {"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9",
-             "adaptation": "network" if plain else "control" if "control" in fitter.modules else "direct",
-             "schedule": None if plain else vars(fitter.schedule.config),
-             "direct": vars(fitter.config) if hasattr(fitter, "config") else None,
-             "modules": {"network": {"name": method}} if plain else module_configs(fitter.modules)}
     card = {"summary": f"{method}, fitted on thirty simulated pairs: a row of figure 4, not for use.",
             "data": f"24 + 6 simulated pairs of 128² (draw {seed}), optics range train.",
-            "licence": "Apache-2.0; the training data are simulated by this package.", "recipe": "fluogen train bench30",
-            "training": {k: report[k] for k in ("steps", "best step", "seconds a step", "parameters", "validation dB")},
-            "scores": "see bench30/scores.json", "limits": "Made for a comparison: trained on thirty small fields."}
-    return save_weights(folder, {k: m.state_dict() for k, m in fitter.modules.items()}, about, card, **packing(method))
+            "recipe": "fluogen train bench30", "scores": "see bench30/scores.json"}
+    about = {"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9"}
+    return ship_fit(folder, load_method(method, seed, work), report, about, card, packing(method))
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #bc5d2d15
-class ScoringError(FluogenError):
-    "A comparison that cannot be made here."
-
-
 def open_fitter(name: str):
     "A fitter from weights by name: network, direct or control."
     weights = load_weights(name)
@@ -202,20 +178,12 @@ def open_fitter(name: str):
     return fitter
 
 
-def read_record(name: str = "scores") -> dict:
-    "The scores that the recipe kept, from the package or the user's cache."
-    for folder in weight_folders():
-        if (folder / "bench30" / f"{name}.json").is_file():
-            return json.loads((folder / "bench30" / f"{name}.json").read_text())
-    raise ScoringError("no recorded scores", where=f"bench30/{name}.json", hint="Make them with: fluogen train bench30.")
-
-
 def table_of(record: dict, kind: str, metric: str, way: str, which: str = "ever", seeds=None) -> np.ndarray:
     "(seeds, fields) scores of one way; (1, fields) for a method that has no seeds. `seeds`: only these."
     rows = [r for r in record["rows"] if (r["kind"], r["way"], r["which"]) == (kind, way, which) and metric in r["scores"]
             and (seeds is None or r["seed"] is None or r["seed"] in seeds)]
     if not rows:
-        raise ScoringError("not in the record", where=f"{kind}, {way}, {which}", found=metric)
+        raise RecordError("not in the record", where=f"{kind}, {way}, {which}", found=metric)
     return np.array([r["scores"][metric] for r in sorted(rows, key=lambda r: r["seed"] or 0)])
 
 
@@ -237,7 +205,7 @@ def compare(record: dict, first: tuple, second: tuple, metric: str, kind: str = 
     one, two = (list_seeds(record, kind, *way) for way in (first, second))
     both = one if two == {None} else two if one == {None} else one & two
     if not both:
-        raise ScoringError("no draw of the pairs in common", where=f"{first[0]} and {second[0]}")
+        raise RecordError("no draw of the pairs in common", where=f"{first[0]} and {second[0]}")
     difference = (table_of(record, kind, metric, *first, both) - table_of(record, kind, metric, *second, both))[:, keep]
     groups = (record.get("groups") or {}).get(kind)
     return paired_interval(difference, groups=np.array(groups)[keep] if groups else None, strata=kinds[keep])
