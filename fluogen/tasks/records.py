@@ -61,7 +61,7 @@ def score_row(kind: str, way: str, seed: int | None, which: str, scores: list[di
 
 
 def describe_bench(rows: list[dict], reports: list[dict], batches: dict, bases, **more) -> dict:
-    "The record of a comparison: its rows, the fits behind them, kind -> `PairBatch` of fields, and the names of the weights that were begun with."
+    "A comparison: its rows, the fits behind them, kind -> `PairBatch` of fields, names of the weights that were begun with."
     return {**more, "bases": [load_weights(name).id for name in sorted(set(bases) - {None})], "fits": reports, "rows": rows,
             "fields": {kind: batch.structures for kind, batch in batches.items()},
             "groups": {kind: batch.groups for kind, batch in batches.items()}, "torch": torch.__version__.split("+")[0]}
