@@ -211,14 +211,21 @@ def run_check(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #8542d214
 def run_finetune(args) -> int:
     "Tune shipped weights on one's own pairs; Ctrl-C keeps a checkpoint, and the same command goes on."
-    from fluogen.tasks.own_pairs import adapt
-    made = adapt(args.manifest, args.name, task=args.task, base=args.model or "", samples=args.samples, minutes=args.minutes,
-                 work=args.work, out=args.out, seed=args.seed, device=args.device, say=_say, free=args.free)
+    common = dict(base=args.model or "", minutes=args.minutes, work=args.work, out=args.out, seed=args.seed, device=args.device, say=_say,
+                  free=args.free)
+    masks = args.task == "mask2image"
+    if masks:
+        from fluogen.tasks.masks import adapt_masks
+        made = adapt_masks(args.manifest, args.name, **common)
+    else:
+        from fluogen.tasks.own_pairs import adapt
+        made = adapt(args.manifest, args.name, task=args.task, samples=args.samples, **common)
     for line in str(made).splitlines():
         _say(line)
     print(made.folder, flush=True)
     where = made.name if args.out is None else made.folder
-    _say(f"to use it: fluogen restore IN OUT --model {where}" + (" --samples 4" if args.samples else ""))
+    _say(f"to use it: fluogen restore {'MASK' if masks else 'IN'} OUT --model {where}"
+         + (" --samples 1" if masks else " --samples 4" if args.samples else ""))
     return 0
 
 # %% ../nbs/lib/90_cli.ipynb #217cb099

@@ -12,7 +12,7 @@ import argparse
 # %% ../nbs/lib/88_options.ipynb #4ac0be18
 RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "heads", "bench30", "nano-denoise",
            "bench-denoise", "bench-pairs", "encoder", "score-prior", "brightness")
-FINETUNE_TASKS = ("sr", "denoise")
+FINETUNE_TASKS = ("sr", "denoise", "mask2image")
 
 # %% ../nbs/lib/88_options.ipynb #598176f7
 class Parser(argparse.ArgumentParser):
@@ -53,7 +53,7 @@ def add_restore(commands):
     add = command.add_argument
     add("input", help="image (TIFF, OME-TIFF, PNG, MRC, OME-Zarr) or a folder of them")
     add("output", help="file, or folder for the results; what was there already is kept")
-    add("--task", default="sr", help="what to do: sr (super-resolution x2) or denoise")
+    add("--task", default="sr", help="what to do: sr (super-resolution x2) or denoise; for mask2image name your own --model")
     add("--model", help="weights by name or folder, instead of those of the task")
     add("--prompt", default="", help='what is in the picture, e.g. "Microtubules of COS-7"')
     add("--samples", type=int, default=0, metavar="N", help="mean of N samples of the control branch "
@@ -98,13 +98,13 @@ def add_generate(commands):
 
 def add_finetune(commands):
     "Options of `fluogen finetune`."
-    command = commands.add_parser("finetune", help="tune a shipped model on your own pairs")
+    command = commands.add_parser("finetune", help="tune a shipped model on your own pairs, or teach it to draw images for masks")
     add = command.add_argument
     add("manifest", help="manifest of pairs (image, conditioning_image, text, group), or the name of a data set")
     add("--name", required=True, help="name of the new weights")
-    add("--task", default="sr", choices=FINETUNE_TASKS, help="what the pairs are: sr (target twice the input) or denoise "
-        "(noisy and clean, of equal size)")
-    add("--samples", action="store_true", help="tune the control branch, which draws samples")
+    add("--task", default="sr", choices=FINETUNE_TASKS, help="what the pairs are: sr (target twice the input), denoise "
+        "(noisy and clean, of equal size) or mask2image (image, and as conditioning_image a mask: background 0, every object a number)")
+    add("--samples", action="store_true", help="tune the control branch, which draws samples (mask2image always does)")
     add("--free", default="all", help="what may move: all (default), norms, low-rank or anchored")
     add("--model", help="weights to begin with, instead of those of the task")
     add("--minutes", type=float, help="time box of this call (default: until it stops by itself)")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FinetuneError', 'Pairs', 'draw_batch', 'drop_some', 'DirectFitter', 'NetworkFitter', 'ControlFitter', 'FitConfig',
-           'blend_weights', 'validation_psnr', 'fit']
+           'blend_weights', 'validation_psnr', 'judge_fit', 'fit']
 
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #6f232b43
 from dataclasses import dataclass, field
@@ -197,6 +197,12 @@ def validation_psnr(fitter, modules, pairs: Pairs) -> float:
     return float((-10 * mse.log10()).mean())
 
 
+def judge_fit(fitter, modules, pairs: Pairs) -> float:
+    "What stops a fit, the lower the better: the fitter's own `judge` where it has one, else PSNR with its sign turned."
+    own = getattr(fitter, "judge", None)
+    return own(modules, pairs) if own else -validation_psnr(fitter, modules, pairs)
+
+
 def fit(
     fitter,                     # DirectFitter, ControlFitter or NetworkFitter
     pairs: Pairs,               # to train on
@@ -220,7 +226,7 @@ def fit(
                            patience=config.patience,
                            channels_last=True, device="cpu" if device.type == "cpu" else "auto")
     result = train(fitter.modules, fitter.loss, lambda step: draw_batch(pairs, step, config.seed, config.batch, config.crop_px),
-                 settings, folder, validate=lambda modules, step: -validation_psnr(fitter, modules, validation), callback=callback,
+                 settings, folder, validate=lambda modules, step: judge_fit(fitter, modules, validation), callback=callback,
                    progress=progress)
     load_trained(fitter.modules, folder, "best")
     blend_weights(fitter.modules, start, config.blend)

@@ -19,6 +19,7 @@ import numpy as np
 from ..core import FluogenError
 from ..data.files import ImageReadError, ImageWriteError, sweep_temporaries
 from ..data.io import Image, read_image, write_image
+from ..data.labels import LABEL_NORMS
 from ..diffusion.zoo import Weights
 from .memory import free_bytes
 from .restore import describe_run, list_planes, restore_image
@@ -155,8 +156,9 @@ def restore_file(
         return "kept"
     _try_writing(target, list_planes(image, settings)[1], wanted)
     restore = certified.restore if certified else lambda *rest: [restore_image(rest[0], weights, settings, *rest[1:])]
+    full = settings.intensity == "unit" or weights.config.get("norm") in LABEL_NORMS       # neither has counts
     for (path, _), made, rounding in zip(results, restore(image, callback, memory_gb), (np.rint, np.floor, np.ceil)):
-        write_image(path, convert(made, wanted, settings.intensity == "unit", rounding))
+        write_image(path, convert(made, wanted, full, rounding))
     return "restored"
 
 # %% ../../nbs/lib/tasks/12_folders.ipynb #0b6546ee

@@ -19,6 +19,7 @@ from ..core import hash_array, to_unit
 from ..data.files import ImageReadError
 from ..data.intensity import scale_to_unit
 from ..data.io import Image
+from ..data.labels import LABEL_NORMS, LabelError, show_labels
 from ..data.noise import NoiseError, estimate_noise
 from ..data.noisy import noise_of
 from ..data.optics import Camera
@@ -161,7 +162,9 @@ CAMERA = "State the camera: camera=(gain, offset, read noise) (--camera GAIN,OFF
 
 
 def show_plane(plane: np.ndarray, norm: str, settings: RestoreSettings) -> tuple:
-    "(C,H,W) as the weights' norm says, and the way from what they answer to counts. Raises `ImageReadError` or `NoiseError`."
+    "(C,H,W) as the weights' norm says, and the way from what they answer to counts. Raises `ImageReadError`, `NoiseError`, `LabelError`."
+    if norm in LABEL_NORMS:
+        return show_labels(plane, norm), lambda drawn: drawn
     if norm != STABLE:
         unit, (low, _) = scale_to_unit(plane, norm, clip=True)
         return unit[None], lambda restored: match_flux(restored, plane, low)
@@ -188,7 +191,7 @@ def _restore_plane(plane, weights, settings, path, callback, side, restore) -> n
             unit, back = show_plane(plane, weights.config["norm"], settings)
     except ImageReadError as error:
         raise RestoreError(error.reason, path, error.found, error.expected, error.hint) from None
-    except NoiseError as error:
+    except (NoiseError, LabelError) as error:
         raise RestoreError(error.what, path, error.found, error.expected, error.hint) from None
     for warning in caught:
         warnings.warn(f"{path}: {warning.message}", warning.category, stacklevel=4)
@@ -200,7 +203,8 @@ def describe_run(image: Image, weights: Weights, settings: RestoreSettings) -> d
     "What a restored image says about itself: computed, from which pixels, by which weights, how."
     return {"computed": True, "by": "fluogen", "version": __version__, "weights": weights.id,
             "task": weights.config["task"], "norm": weights.config["norm"],
-            "source": hash_array(image.array), "axes": image.axes, **asdict(settings)}
+            "source": hash_array(image.array), "axes": image.axes, **asdict(settings)} | (
+                {"synthetic": True} if weights.config["norm"] in LABEL_NORMS else {})
 
 # %% ../../nbs/lib/tasks/10_restore.ipynb #d0c63910
 def restore_layers(

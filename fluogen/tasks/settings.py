@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ..core import FluogenError
+from ..data.labels import LABEL_NORMS
 from ..diffusion.prompts import split_words
 from ..diffusion.sampler import SAMPLERS
 from ..diffusion.zoo import Weights, ZooError, load_weights
@@ -53,7 +54,8 @@ class RestoreSettings:
                 raise RestoreError("setting out of range", key, getattr(self, key), expected)
 
 # %% ../../nbs/lib/tasks/08_settings.ipynb #01ddb8c0
-TASK_WEIGHTS = {("sr", False): "nano-sr-direct", ("sr", True): "nano-sr", ("denoise", False): "nano-denoise"}
+TASK_WEIGHTS = {("sr", False): "nano-sr-direct", ("sr", True): "nano-sr", ("denoise", False): "nano-denoise",
+                ("mask2image", True): None}         # None: nobody's but one's own
 
 
 def load_for_task(
@@ -63,10 +65,13 @@ def load_for_task(
     device="cpu",
 ) -> Weights:
     "The weights for a task. Raises `RestoreError` (unknown task) or `ZooError` (absent or damaged weights)."
-    tasks = sorted({t for t, _ in TASK_WEIGHTS})
+    tasks = list(dict.fromkeys(t for t, _ in TASK_WEIGHTS))
     if task not in tasks:
         raise RestoreError("no such task", where="task", found=task, expected=", ".join(tasks))
     name = model or TASK_WEIGHTS.get((task, samples > 0))
+    if name is None and task == "mask2image":
+        raise RestoreError("no weights ship for this task", where="task", found=task,
+                           hint="Make your own: fluogen finetune MANIFEST --task mask2image --name NAME; then say --model NAME.")
     if name is None:
         raise RestoreError("no weights that draw samples for this task", where="samples", found=f"task {task}", hint="Leave samples out.")
     try:
@@ -88,12 +93,15 @@ def check_weights(weights: Weights, settings: RestoreSettings) -> None:
 
     refuse(not {"backbone", "prompts"} <= set(have) or "scale" not in config or weights.schedule is None,
            "these weights restore nothing", found=f"task {config.get('task')}", expected="task sr or denoise")
+    masks = config.get("norm") in LABEL_NORMS
+    refuse(masks and settings.samples != 1, "these weights draw one picture for a mask", found=f"samples {settings.samples}",
+           expected="samples=1 (--samples 1)", hint="The mean of several pictures is none; other pictures come with another seed.")
     refuse(settings.samples == 0 and weights.direct is None, "these weights give samples, not a mean",
            hint="Ask for samples=4 (--samples 4).")
     refuse(settings.samples > 0 and "control" not in have, "these weights give a mean, not samples",
            hint="Leave samples out.")
     channels = weights.control.config.condition_channels if settings.samples else 1
-    refuse(channels != 1, "these weights need several raw frames, not one image", found=f"{channels} frames")
+    refuse(channels != 1 and not masks, "these weights need several raw frames, not one image", found=f"{channels} frames")
     check_prompt(weights.prompts, settings.prompt)
 
 
