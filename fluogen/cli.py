@@ -236,8 +236,8 @@ def run_calibrate(args) -> int:
     from fluogen.tasks.intervals import HEADED, load_heads
     from fluogen.tasks.settings import RestoreSettings, load_for_task
     from fluogen.uncertainty.certificate import save_calibration
-    settings = RestoreSettings(prompt=args.prompt, samples=args.samples, passes=args.passes, seed=args.seed)
-    weights = load_for_task("sr", args.samples, args.model, choose_device(args.device))
+    settings = RestoreSettings(prompt=args.prompt, samples=args.samples, passes=args.passes, seed=args.seed, camera=args.camera)
+    weights = load_for_task(args.task, args.samples, args.model, choose_device(args.device))
     family = args.family or choose_family(weights, settings, args.model)
     heads = load_heads(weights, args.model) if family in HEADED else None
     total, progress = len(load_dataset(args.manifest)), Progress(1)
@@ -249,9 +249,10 @@ def run_calibrate(args) -> int:
     if not found.inputs:
         _say("note: fewer than 20 images; whether a new image is like them cannot be told, every map will be named not-covered")
     print(out, flush=True)
-    said = [f"--model {args.model}" if args.model else "", f"--samples {args.samples} --passes {args.passes}" if args.samples else "",
+    said = [f"--task {args.task}" if args.task != "sr" else "", f"--camera {','.join(map(str, args.camera))}" if args.camera else "",
+            f"--model {args.model}" if args.model else "", f"--samples {args.samples} --passes {args.passes}" if args.samples else "",
             f'--prompt "{args.prompt}"' if args.prompt else ""]
-    _say(" ".join(["to use it: fluogen restore IN OUT --interval --calibration", str(out), *said]))
+    _say(" ".join(word for word in ["to use it: fluogen restore IN OUT --interval --calibration", str(out), *said] if word))
     return 0
 
 # %% ../nbs/lib/90_cli.ipynb #8f187bca

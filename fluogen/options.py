@@ -120,7 +120,11 @@ def add_calibrate(commands):
     add = command.add_argument
     add("manifest", help="manifest of pairs (image, conditioning_image, group), or the name of a data set; a group is a cell or field of "
         "view, and only groups count")
+    add("--task", default="sr", choices=("sr", "denoise"), help="what the pairs are: sr (target twice the input, default) or denoise "
+        "(noisy and clean, of equal size)")
     add("--model", help="weights by name or folder (default: those of fluogen restore)")
+    add("--camera", type=read_camera, metavar="GAIN,OFFSET,READ", help="denoise: as you will state it to fluogen restore "
+        "(default: estimated from each image)")
     add("--alpha", type=float, default=0.1, help="share of pixels that may be missed (default 0.1)")
     add("--delta", type=float, default=0.1, help="probability that the promise fails (default 0.1)")
     add("--out", metavar="FILE", help="calibration file (default calibration-MODEL.json)")
@@ -154,7 +158,7 @@ def add_train(commands):
     add("--workers", type=int, default=1, help="bench…: methods trained at once")
     add("--dataset", default="simulated", help="bench30: simulated (default), or clean images under a simulated microscope; "
         "bench-denoise: or real pairs")
-    add("--models", nargs="+", metavar="NAME", help="heads: weights that get intervals (default: nano-sr-direct nano-sr)")
+    add("--models", nargs="+", metavar="NAME", help="heads: weights that get intervals (default: nano-sr-direct nano-sr nano-denoise)")
 
 # %% ../nbs/lib/88_options.ipynb #597ed06c
 def add_check(commands):

@@ -81,6 +81,18 @@ def test_no_interval_without_its_calibration(run, model, calibration, tmp_path, 
     assert code == 2 and out == "" and len(wrong) == 1 and says in wrong[0] and not list(tmp_path.glob("out*"))
 
 
+def test_calibrate_hands_task_and_camera_on(run, model, monkeypatch, tmp_path):
+    from fluogen.tasks import certified, settings
+    asked = []
+    monkeypatch.setattr(settings, "load_for_task", lambda task, *more, load=settings.load_for_task: asked.append(task) or load("sr", *more))
+    monkeypatch.setattr(certified, "calibrate_source", lambda source, weights, settings, *more, calibrate=certified.calibrate_source, **rest:
+                        asked.append(settings.camera) or calibrate(source, weights, settings, *more, **rest))
+    code, out, err = run("calibrate", write_pairs(tmp_path, range(24)), "--model", model, "--alpha", "0.2", "--device", "cpu", "--out",
+                         tmp_path / "c.json", "--task", "denoise", "--camera", "2.2,100,1.6")
+    assert code == 0 and asked == ["denoise", (2.2, 100.0, 1.6)]
+    assert err[-1] == f"to use it: fluogen restore IN OUT --interval --calibration {tmp_path / 'c.json'} --task denoise --camera 2.2,100.0,1.6 --model {model}"
+
+
 def test_another_model_is_refused(run, calibration, tmp_path):
     other = save_interval_toy(tmp_path / "toy", seed=7)
     write_image(tmp_path / "a.tif", draw_pair(100)[0])
