@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fluogen.core import FluogenError, make_rng
-from fluogen.data.files import CheckedFile, ImageReadError, atomic_write, hash_file, sweep_temporaries
+from fluogen.data.files import CheckedFile, ImageReadError, atomic_write, check_writable, hash_file, sweep_temporaries
 
 WRITER = """
 import sys
@@ -115,3 +115,41 @@ def test_reads_beyond_the_end_are_refused(tmp_path):
         for offset, count in ((9, 2), (2**63, 1), (0, 2**62)):
             with pytest.raises(ImageReadError, match="truncated"):
                 file.read(offset, count)
+
+
+def test_nothing_of_another_kind_is_replaced(tmp_path):
+    "A user who names a folder of images where a file or new weights should go keeps the images."
+    def put(path, *names):
+        with atomic_write(path) as temporary:
+            if names:
+                temporary.mkdir()
+                for name in names:
+                    (temporary / name).write_text("new")
+            else:
+                temporary.write_text("new")
+    raw = tmp_path / "cells"
+    raw.mkdir()
+    (raw / "1.tif").write_bytes(b"raw")
+    with pytest.raises(FluogenError, match="a folder lies there"):
+        put(raw)
+    with pytest.raises(FluogenError, match="something else"):
+        put(raw, "config.json", "card.md")
+    with pytest.raises(FluogenError, match="a file lies there"):
+        put(raw / "1.tif", "config.json")
+    assert (raw / "1.tif").read_bytes() == b"raw" and [p.name for p in tmp_path.rglob("*")] == ["cells", "1.tif"]
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):                                  # an empty folder, then one of the same kind
+        put(tmp_path / "empty", "config.json", "card.md")
+    assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == ["card.md", "config.json"]
+
+
+def test_a_place_is_tried_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "deeper" / "a.tif")
+    (tmp_path / "file").write_text("x")
+    for path, says in ((tmp_path / "file" / "a.tif", "a file, so nothing"), ("/proc/nowhere/a.tif", "cannot be written there")):
+        if str(path).startswith("/proc") and not os.path.isdir("/proc"):
+            continue
+        with pytest.raises(FluogenError, match=says) as caught:
+            check_writable(path)
+        assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -207,3 +207,13 @@ def test_templates_are_names_only():
     assert fill_template("{a} of {b}", {"a": "ER", "b": 3}.get) == "ER of 3"
     assert fill_template("{a.__class__}", {"a": "ER"}.get) is None
     assert fill_template("{a} {}", {"a": "ER"}.get) is None
+
+
+def test_an_image_is_no_manifest_and_is_not_overwritten_by_one(tmp_path):
+    image = tmp_path / "cell.tif"
+    image.write_bytes(b"II*\0" + bytes(range(256)))
+    with pytest.raises(ManifestError, match="folder of the images"):
+        read_manifest(image)
+    with pytest.raises(ManifestError, match="ends in .jsonl"):
+        write_manifest(image, [Record("a.tif")])
+    assert image.stat().st_size == 260

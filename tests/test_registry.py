@@ -307,3 +307,8 @@ def test_the_registry_is_read_quickly():
     start = time.perf_counter()
     list_datasets()
     assert time.perf_counter() - start < 1
+
+
+def test_a_folder_of_pairs_without_manifest_is_told_how_to_get_one(tmp_path):
+    with pytest.raises(MissingDataError, match="fluogen check .* --manifest"):
+        find_dataset(tmp_path, download=False)

@@ -45,7 +45,11 @@ def iter_rows(
                     yield where, row if isinstance(row, dict) else ManifestError(
                         "not a record", where=where, found=text[:40], expected='{"image": …, "text": …}')
             except (ValueError, RecursionError) as error:
-                yield where, ManifestError("not JSON", where=where, found=str(error)[:80])
+                image = number == 1 and (b"\0" in line or isinstance(error, UnicodeDecodeError))
+                yield where, ManifestError("not JSON", where=where, found="bytes that are no UTF-8 text" if image else str(error)[:80],
+                                           hint="Give the manifest.jsonl, or the folder of the images." if image else None)
+                if image:
+                    return
 
 
 def _refuse(name):
@@ -128,6 +132,8 @@ def write_manifest(
 ) -> Path:
     "Records as JSONL. Raises `ManifestError` before anything is written if one could not be read back."
     path, lines = Path(path), []
+    if path.suffix.lower() != ".jsonl":                 # never over an image
+        raise ManifestError("not the name of a manifest", where=path, expected="a name that ends in .jsonl")
     for number, record in enumerate(records, 1):
         row = write_row(record, Path(os.path.abspath(path.parent)))
         if problems := check_row(row, f"{path}:{number}"):

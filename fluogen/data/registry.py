@@ -174,10 +174,13 @@ def find_dataset(
 def _missing(name: str, entry: Entry | None, folders: list[Path], registry, why=None) -> MissingDataError:
     "The one line for a data set that was not found."
     known = list_datasets(registry)
+    if entry is None and Path(name).is_dir():
+        return MissingDataError("a folder without manifest.jsonl", where=name,
+                                hint=f"Write one: fluogen check {name} --manifest {Path(name) / 'manifest.jsonl'}.")
     if entry is None:
         near = difflib.get_close_matches(name, known, 1, cutoff=0.5) or list(known)
         return MissingDataError("unknown data set", where=name, expected=", ".join(near),
-                                hint="Give a name of the registry or the path of a manifest.jsonl.")
+                                hint="Give a name of the registry, the path of a manifest.jsonl, or its folder.")
     if folders:
         return MissingDataError("its folder has no manifest", where=name, found=folders[0],
                                 hint=f'Scan it: fluogen.data.scan.build_manifest("{folders[0]}", "{entry.name}").')
