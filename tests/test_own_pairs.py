@@ -1,6 +1,12 @@
 "A laboratory's pairs: read, cut, split by cell, tuned, kept with a card; every wrong input in one line."
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +17,10 @@ from fluogen.core import FluogenError
 from fluogen.data.io import write_image
 from fluogen.data.pairs import simulate_pairs
 from fluogen.diffusion.zoo import load_weights
-from fluogen.tasks import own_pairs
+from fluogen.tasks import finetune, own_pairs
 from fluogen.tasks.bench30 import TUNE_CONFIG
 from fluogen.tasks.finetune import DirectFitter, Pairs, blend_weights, fit
-from fluogen.tasks.own_pairs import OwnPairsError, adapt, cut_pair, find_alarm, read_pairs, split_pairs
+from fluogen.tasks.own_pairs import OwnPairsError, adapt, cut_pair, find_alarm, read_pairs, set_profile, split_pairs
 from toys import make_weights, save_toy
 
 SHORT = replace(TUNE_CONFIG, steps=4, batch=2, crop_px=32, validate_every=2, precision="fp32")
@@ -123,3 +129,100 @@ def test_constant_and_nan_images_are_left_out_by_name(tmp_path, fill):
     write_image(tmp_path / "hr1.tif", np.full((64, 64), fill, np.float32))
     pairs, notes = read_pairs(manifest)
     assert set(pairs.groups) == {"a"} and len(notes) == 1 and "hr1.tif" in notes[0]
+
+
+# ---- going on
+
+VICTIM = """
+import os, signal, sys
+import torch
+torch.set_num_threads(int(sys.argv[2]))
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+from test_own_pairs import tune_toy
+
+
+def strike(entry):
+    if entry["event"] == "validation" and entry["step"] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+tune_toy(sys.argv[3], "killed", strike)
+"""
+
+
+def tune_toy(home, name, callback=None):
+    "Eight steps with a checkpoint every two and a validation every three."
+    home, whole = Path(home), finetune.TrainConfig
+    finetune.TrainConfig = partial(whole, checkpoint_every=2)
+    try:
+        return adapt(home / "manifest.jsonl", name, base=str(home / "toy"), work=home / "work", out=home, device="cpu", callback=callback,
+                     config=replace(SHORT, steps=8, validate_every=3, lr=1e-2, ema_decay=0.5), say=lambda line: None, progress=False)
+    finally:
+        finetune.TrainConfig = whole
+
+
+def test_a_tuning_killed_with_9_goes_on_to_the_same_weights(tmp_path):
+    "Killed after its third step, when the best weights on disk are newer than the last checkpoint."
+    save_toy(tmp_path / "toy")
+    write_manifest(tmp_path, [((32, 32), 2, f"cell{i}") for i in range(5)])
+    killed = subprocess.run([sys.executable, "-c", VICTIM, os.path.abspath(__file__), str(torch.get_num_threads()), str(tmp_path)],
+                            stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not (tmp_path / "killed").exists() and (tmp_path / "work" / "killed" / "step-00000002.json").is_file()
+    again, whole = tune_toy(tmp_path, "killed"), tune_toy(tmp_path, "whole")
+    assert again.steps == whole.steps == 8 and again.after == whole.after != whole.before
+    one, other = (tmp_path / name / "weights.safetensors" for name in ("killed", "whole"))
+    ours, theirs = (load_weights(str(path.parent)).modules["backbone"].state_dict() for path in (one, other))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_name_is_not_gone_on_with_other_pairs_or_weights(tmp_path):
+    save_toy(tmp_path / "toy")
+    rows = [((32, 32), 2, f"cell{i}") for i in range(5)]
+    write_manifest(tmp_path, rows)
+    first = tune_toy(tmp_path, "mine")
+    kept = (tmp_path / "mine" / "weights.safetensors").read_bytes()
+    assert tune_toy(tmp_path, "mine").after == first.after              # the same call again
+    write_manifest(tmp_path, rows[:4])
+    with pytest.raises(OwnPairsError, match="lies there.*--name") as caught:
+        tune_toy(tmp_path, "mine")
+    assert "\n" not in str(caught.value)
+    write_manifest(tmp_path, rows)
+    save_toy(tmp_path / "toy", seed=1)
+    with pytest.raises(OwnPairsError, match="other pairs, weights or settings"):
+        tune_toy(tmp_path, "mine")
+    assert (tmp_path / "mine" / "weights.safetensors").read_bytes() == kept
+
+
+# ---- what a manifest and a command may say
+
+def test_test_rows_are_left_out_and_val_rows_stop_the_training(tmp_path):
+    manifest = write_manifest(tmp_path, [((32, 32), 2, f"cell{i}") for i in range(5)])
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for line, split in zip(lines, ("train", "val", "test", "train", "test")):
+        line["split"] = split
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs, notes = read_pairs(manifest)
+    assert set(pairs.groups) == {"cell0", "cell1", "cell3"} and any("2 of the split test left out" in note for note in notes)
+    training, held = split_pairs(pairs, stated={"cell1", "cell9"})
+    assert set(held.groups) == {"cell1"} and set(training.groups) == {"cell0", "cell3"}
+
+
+def test_weights_that_ship_keep_their_names(tmp_path):
+    with pytest.raises(OwnPairsError, match="ship with the package"):
+        adapt(tmp_path, "nano-sr-direct")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FluogenError, match="nothing can be written into it"):
+        adapt(tmp_path / "none.jsonl", "mine", out=tmp_path / "file")
+
+
+def test_profiles():
+    assert set_profile(SHORT, "laptop") == SHORT
+    with pytest.raises(OwnPairsError, match="no such profile"):
+        set_profile(SHORT, "cluster")
+    if not torch.cuda.is_available():
+        with pytest.raises(OwnPairsError, match="needs an NVIDIA GPU.*Leave --profile out"):
+            set_profile(SHORT, "gpu")

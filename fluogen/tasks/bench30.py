@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import derive_seed
+from ..core import FluogenError, derive_seed
 from ..data.files import atomic_write
 from ..diffusion.backbone import Backbone
 from ..diffusion.checkpoint import load_tensors
@@ -78,12 +78,16 @@ def draw_pairs(method: str, seed: int, n_pairs: int, dataset: str) -> tuple[Pair
 
 def pace(fitter, pairs: Pairs, config: FitConfig, repeats: int = 4) -> float:
     "Seconds a training step takes at best: forward and backward on real batches, nothing updated."
-    best = float("inf")
+    best, place = float("inf"), next(fitter.modules.parameters()).device
     for step in range(repeats):
         began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = fitter.loss(fitter.modules, draw_batch(pairs, step, 0, config.batch, config.crop_px), torch.Generator().manual_seed(0))
+        batch = draw_batch(pairs, step, 0, config.batch, config.crop_px)
+        batch |= {key: batch[key].to(place) for key in ("target", "condition")}
+        with torch.autocast(place.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = fitter.loss(fitter.modules, batch, torch.Generator(place).manual_seed(0))
         loss.backward()
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
         best = min(best, time.perf_counter() - began)
     fitter.modules.zero_grad(set_to_none=True)
     return best
@@ -104,6 +108,8 @@ def run_method(
     if (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
     suite = import_module(bench)
+    if method not in suite.METHODS:
+        raise FluogenError("no such method", where="methods", found=method, expected=", ".join(suite.METHODS))
     n_pairs = suite.METHODS[method].n_pairs if n_pairs is None or not suite.METHODS[method].n_pairs else n_pairs
     if not n_pairs:
         return keep_once(folder / "result.json", lambda: {"method": method, "seed": seed, "steps": 0})

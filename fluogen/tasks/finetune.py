@@ -211,6 +211,7 @@ def fit(
     folder,                     # where checkpoints and the best weights go; an unfinished fit there is resumed
     callback=None,              # as in `fluogen.diffusion.train.train`
     progress: bool = True,      # the line on stderr
+    facts: dict | None = None,  # what an unfinished fit must agree in to be gone on with, beside the settings
 ):                              # -> TrainResult; `fitter.modules` holds the best weights afterwards
     "Train one restorer on pairs with early stopping. Raises `FinetuneError` when groups are shared with validation."
     shared = set(pairs.groups) & set(validation.groups)
@@ -227,7 +228,7 @@ def fit(
                            channels_last=True, device="cpu" if device.type == "cpu" else "auto")
     result = train(fitter.modules, fitter.loss, lambda step: draw_batch(pairs, step, config.seed, config.batch, config.crop_px),
                  settings, folder, validate=lambda modules, step: judge_fit(fitter, modules, validation), callback=callback,
-                   progress=progress)
+                   progress=progress, facts=facts)
     load_trained(fitter.modules, folder, "best")
     blend_weights(fitter.modules, start, config.blend)
     return result

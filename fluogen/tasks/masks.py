@@ -21,8 +21,8 @@ from ..data.labels import LABEL_NORMS, show_labels
 from ..diffusion.control import ControlConfig
 from ..diffusion.zoo import load_weights, save_weights, weight_folders
 from .bench30 import BENCH_CONFIG
-from .finetune import ControlFitter, FitConfig, Pairs, fit
-from .own_pairs import OwnPairsError, check_name, estimate_minutes, gather_tiles, split_pairs
+from .finetune import ControlFitter, FitConfig, Pairs
+from .own_pairs import OwnPairsError, check_name, estimate_minutes, fit_again, gather_tiles, split_pairs
 from .recipes import module_configs
 
 # %% ../../nbs/lib/tasks/51_masks.ipynb #d17ec0c5
@@ -95,15 +95,16 @@ class Drawer:
     after: float                # with the mask
     follows: float              # overlap of drawn objects with their masks, 0 to 1
     measured: float             # the same of the measured images: more cannot be asked for
-    chance: float               # of drawn objects with another mask
+    chance: float               # of drawn objects with another mask; NaN where there is one only
     n_train: int                # tiles
     n_held: int
     steps: int
     alarm: str                  # "" or what to be careful about
 
     def __str__(self):
-        said = (f"{self.name}: drawn objects overlap their masks by {self.follows:.2f}, measured ones by {self.measured:.2f}, another mask by "
-                f"{self.chance:.2f}; denoising loss {self.before:.4f} without and {self.after:.4f} with the mask ({self.n_held} tiles of cells set aside)")
+        other = f", another mask by {self.chance:.2f}" if np.isfinite(self.chance) else ""
+        said = (f"{self.name}: drawn objects overlap their masks by {self.follows:.2f}{other}, measured objects theirs by {self.measured:.2f}; "
+                f"denoising loss {self.before:.4f} without and {self.after:.4f} with the mask ({self.n_held} tiles of cells set aside)")
         return said + (f"\n{self.alarm}" if self.alarm else "")
 
 
@@ -121,10 +122,11 @@ def judge_drawer(fitter, held: Pairs, name: str, folder: Path, before: float, n_
     rows = [i for i in range(len(held)) if held.condition[i].any()]
     rows = rows[::max(1, len(rows) // SHOWN)][:SHOWN]
     some, after = held.take(rows), fitter.judge(fitter.modules, held)
-    drawn = fitter.restore(fitter.modules, some.condition, some.prompts)
+    drawn = fitter.restore(fitter.modules, some.condition, some.prompts) if rows else some.target
     follows, measured = (measure_following(images, some.condition) for images in (drawn, some.target))
-    return Drawer(name, folder, before, after, follows, measured, measure_following(drawn, some.condition.roll(1, 0)), n_train, len(held),
-                  steps, find_mask_alarm(before, after, follows, measured))
+    chance = measure_following(drawn, some.condition.roll(1, 0)) if len(rows) > 1 else float("nan")
+    return Drawer(name, folder, before, after, follows, measured, chance, n_train, len(held), steps,
+                  find_mask_alarm(before, after, follows, measured))
 
 
 def keep_drawer(made: Drawer, fitter, weights, base: str, source, norm: str, config: FitConfig) -> None:
@@ -136,9 +138,10 @@ def keep_drawer(made: Drawer, fitter, weights, base: str, source, norm: str, con
             "licence": "That of the images it was tuned on; ask their owner before you pass it on.",
             "recipe": f"fluogen finetune {Path(source).name} --task mask2image --name {made.name}",
             "training": {"steps": made.steps, "rate": config.lr},
-            "scores": {"overlap of drawn objects with their masks": round(made.follows, 2), "of the measured images": round(made.measured, 2),
-                       "of drawn objects with another mask": round(made.chance, 2), "denoising loss before": round(made.before, 5),
-                       "denoising loss after": round(made.after, 5)},
+            "scores": {name: round(value, 4) for name, value in {
+                "overlap of drawn objects with their masks": made.follows, "of measured objects": made.measured,
+                "of drawn objects with another mask": made.chance, "denoising loss before": made.before,
+                "denoising loss after": made.after}.items() if np.isfinite(value)},
             "limits": made.alarm or "Synthetic, not measured: what no mask says (texture, focus, debris) is the model's invention."}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -181,7 +184,7 @@ def adapt_masks(
     place = next(fitter.modules.parameters()).device
     held = Pairs(held.target.to(place), held.condition.to(place), held.prompts, held.groups)
     before = fitter.judge(fitter.modules, held)
-    result = fit(fitter, training, held, config, Path(work) / name, callback, progress)
+    result = fit_again(fitter, training, held, config, Path(work) / name, callback, progress, weights.id)
     made = judge_drawer(fitter, held, name, Path(out or weight_folders()[1]) / name, before, len(training), result.step)
     keep_drawer(made, fitter, weights, base, source, norm, config)
     return made
