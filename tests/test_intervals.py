@@ -170,7 +170,7 @@ def test_own_pairs_count_by_group(toy, tmp_path):
     said = []
     found = calibrate_source(path, weights, alpha=0.3, heads=own, say=said.append)
     assert found.n == 12 and len(found.images) == 23 and len(said) == 1 and "hr3.tif" in said[0]
-    assert len(list(read_fields(path, 2, said.append))) == 23
+    assert len(list(read_fields(path, weights, said.append))) == 23
 
 
 def test_few_images_have_no_known_range(toy, tmp_path):
@@ -241,13 +241,6 @@ def test_what_is_not_covered_says_so_in_its_name(toy, tmp_path):
     write_image(tmp_path / "a.tif", draw_pair(800)[0], pixel_um=PIXEL)            # now a covered one: the old maps go
     restore_file(tmp_path / "a.tif", tmp_path / "out" / "a.tif", weights, certified=system)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.lower.tif", "a.tif", "a.upper.tif"]
-
-
-def test_denoising_weights_are_refused(toy):
-    _, weights, own, *_ = toy
-    other = Weights("d", weights.config | {"task": "denoise"}, weights.modules, weights.schedule, weights.direct)
-    with pytest.raises(CalibrationError, match="intervals are for super-resolution"):
-        restore_sets(torch.rand(1, 8, 8), other, heads=own)
 
 
 # ---- the recipe

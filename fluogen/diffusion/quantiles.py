@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'BEGIN', 'pinball', 'QuantileError', 'HeadsConfig', 'QuantileHeads', 'with_heads', 'Quantiles',
-           'quantile_pictures', 'IntervalChain', 'run_chain', 'run_three_chains', 'restore_direct_interval',
-           'velocity_heads_loss', 'direct_heads_loss']
+           'quantile_pictures', 'IntervalChain', 'run_chain', 'run_three_chains', 'noise_scale',
+           'restore_direct_interval', 'velocity_heads_loss', 'direct_heads_loss']
 
 # %% ../../nbs/lib/diffusion/90_quantiles.ipynb #5427f77d
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import FluogenError
+from ..core import FluogenError, to_unit
+from ..data.stabilise import noise_of_light
 from .backbone import conv3, zero_start
 from .direct import restore_direct
 from .sampler import sample_ddim
@@ -170,9 +171,15 @@ def run_three_chains(
     return Quantiles(torch.minimum(dark, bright), mean, torch.maximum(dark, bright))
 
 # %% ../../nbs/lib/diffusion/90_quantiles.ipynb #f09c3293
+def noise_scale(x0, condition) -> torch.Tensor:     # (B,1,H,W) model range
+    "What heads on noisy images count in: the noise of each pixel, from the restored light and `show_noisy`'s planes."
+    _, sigma, bend = condition.split(1, 1)
+    return 2 * noise_of_light(to_unit(x0), sigma, bend)
+
+
 def restore_direct_interval(
     backbone, heads,                # frozen direct adaptation, `QuantileHeads` of kind direct
-    condition: torch.Tensor,        # (B,1,h,w) unit range
+    condition: torch.Tensor,        # (B,1,h,w) unit range, or (B,3,h,w) of `show_noisy`
     prompt_states: torch.Tensor,    # (B,D) or (B,77,D)
     schedule, config,               # as `fluogen.diffusion.direct.restore_direct`
 ) -> tuple[torch.Tensor, dict]:     # (B,1,H,W) model range; {"below", "above", "error"}: (B,1,H,W) >= 0
@@ -185,7 +192,9 @@ def restore_direct_interval(
         features = backbone.features(sample, timestep, states)
         maps.update(heads(features))
         return backbone.close(backbone.head(features))
-    return restore_direct(predict, condition, prompt_states, schedule, config), maps
+    x0 = restore_direct(predict, condition, prompt_states, schedule, config)
+    scale = noise_scale(x0, condition) if config.matched else 1
+    return x0, {name: scale * sides for name, sides in maps.items()}
 
 # %% ../../nbs/lib/diffusion/90_quantiles.ipynb #7a0e0f0e
 def velocity_heads_loss(
@@ -201,7 +210,8 @@ def direct_heads_loss(
     heads, features: torch.Tensor,      # (B, features, h, w), without gradient
     x0: torch.Tensor,                   # (B,1,H,W) the network's answer, model range
     target: torch.Tensor,               # (B,1,H,W) the truth, model range
+    scale=1,                            # (B,1,H,W) of `noise_scale`, where the noise is known
 ) -> torch.Tensor:                      # scalar
     "Pinball losses of the two sides, and the squared error of the error's size (Angelopoulos et al. 2022)."
-    maps, (low, high), off = heads(features), heads.config.levels, target - x0
+    maps, (low, high), off = heads(features), heads.config.levels, (target - x0) / scale
     return pinball(-maps["below"], off, low) + pinball(maps["above"], off, high) + F.mse_loss(maps["error"], off.abs())

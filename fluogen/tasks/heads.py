@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAIN', 'MODELS', 'heads_batch', 'HeadsFitter', 'settings_of', 'calibrate_families', 'write_calibrations',
-           'train_heads', 'keep_heads']
+           'train_heads', 'calibration_fields', 'keep_heads']
 
 # %% ../../nbs/lib/tasks/42_heads.ipynb #e3ba6a43
 from pathlib import Path
@@ -14,13 +14,14 @@ from torch import nn
 
 from ..core import choose_device, derive_seed, make_rng, to_model
 from ..data.microscopes import HELD_OUT, TRAIN
-from ..data.pairs import simulate_pairs
+from ..data.pairs import simulate_clean, simulate_pairs
 from ..data.phantom import STRUCTURES
 from ..diffusion.direct import restore_direct
-from ..diffusion.quantiles import HeadsConfig, QuantileHeads, direct_heads_loss, velocity_heads_loss
+from ..diffusion.quantiles import HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss
 from ..diffusion.session import load_weights as load_trained
 from ..diffusion.train import TrainConfig, train
 from ..diffusion.zoo import Weights, load_weights, save_weights
+from .exposed import PHOTONS, exposed_batch, exposed_fields, miss_by_exposure
 from .finetune import drop_some
 from .intervals import FAMILIES_OF, calibrate_fields, simulated_fields
 from .prior import training_facts
@@ -44,6 +45,7 @@ class HeadsFitter:
     def __init__(self, weights: Weights, seed: int = 0, prompt_dropout: float = 0.5):
         self.weights, self.prompt_dropout = weights, prompt_dropout
         self.kind = "velocity" if "control" in weights.modules else "direct"
+        self.noisy = self.kind == "direct" and weights.direct.matched                  # one network, every exposure
         config = HeadsConfig.from_backbone(weights.backbone.config, self.kind)
         with torch.random.fork_rng([]):
             torch.manual_seed(derive_seed(seed, "heads"))
@@ -76,7 +78,7 @@ class HeadsFitter:
             kept.append(w.backbone.features(sample, timestep, prompt_states))
             return w.backbone.close(w.backbone.head(kept[0]))
         answer = restore_direct(predict, batch["condition"], states, w.schedule, w.direct)
-        return kept[0], answer, x0
+        return (kept[0], answer, x0) + ((noise_scale(answer, batch["condition"]),) if self.noisy else ())
 
 # %% ../../nbs/lib/tasks/42_heads.ipynb #e9764aff
 CHAIN = RestoreSettings(samples=4)      # how the control branch is calibrated: `fluogen restore --samples 4`
@@ -116,15 +118,15 @@ def write_calibrations(folder: Path, found: dict) -> None:
         save_calibration(calibration, folder / ("calibration.json" if number == 0 else f"calibration-{family}.json"))
 
 # %% ../../nbs/lib/tasks/42_heads.ipynb #8a121c8c
-MODELS = ("nano-sr-direct", "nano-sr")
+MODELS = ("nano-sr-direct", "nano-sr", "nano-denoise")
 
 
 def train_heads(
     out: str | Path,                # folder of weights; the heads of NAME become NAME-heads in it
     work: str | Path,               # checkpoints
-    models=MODELS,                  # names or folders of weights for super-resolution
-    minutes: float = 6.0,           # time box of the training, all models together
-    steps: int | None = None,       # of each model; default 320
+    models=MODELS,                  # names or folders of weights
+    minutes: float = 15.0,          # time box of the training, all models together
+    steps: int | None = None,       # of each model; default 400
     device: str = "auto",
     seed: int = 0,
     batch: int = 4,                 # scenes of 128² a step
@@ -133,15 +135,16 @@ def train_heads(
     say=print,                      # called with one line at a time
 ) -> list[Path]:
     "Train, pack, calibrate and compare the heads of each model. The same call goes on where it stopped."
-    device, steps, made = choose_device(device), steps or 320, []
+    device, steps, made = choose_device(device), steps or 400, []
     for model in models:
         weights = load_weights(model, device)
         fitter = HeadsFitter(weights, seed)
         config = TrainConfig(steps=steps, minutes=minutes / len(models), lr=2e-3, warmup=20, schedule="cosine", ema_decay=0.98,
                              precision="bf16", seed=seed, device=device.type if device.type == "cpu" else "auto")
-        rounds = Rounds(simulate_pairs, seed, n=scenes, steps=100, device=device)
+        rounds = Rounds(simulate_clean if fitter.noisy else simulate_pairs, seed, n=scenes, steps=100, device=device)
         place = Path(work) / weights.id.replace("@", "-")                           # retrained weights begin anew
-        draw = lambda step, rounds=rounds: heads_batch(step, seed, batch, rounds)
+        draw_batch = exposed_batch if fitter.noisy else heads_batch
+        draw = lambda step, rounds=rounds, draw_batch=draw_batch: draw_batch(step, seed, batch, rounds)
         facts = {"weights": weights.id, "batch": batch}
         result = train(fitter.modules, fitter.loss, draw, config, place, facts=facts, progress=False)
         load_trained(fitter.modules, place, "average")
@@ -152,13 +155,20 @@ def train_heads(
     return made
 
 
+def calibration_fields(fitter: HeadsFitter, n: int, seed: int) -> list:
+    "Held-out scenes under held-out optics, as the model restores them."
+    draw = simulate_clean if fitter.noisy else simulate_pairs
+    made = draw(list(STRUCTURES), min(n, 60) if fitter.kind == "velocity" else n, 128, seed=seed, split="validation", optics=HELD_OUT)
+    return exposed_fields(made, make_rng(seed, "exposures")) if fitter.noisy else simulated_fields(made)
+
+
 def keep_heads(folder: Path, model, fitter: HeadsFitter, facts: dict, seed: int, fields: int, say) -> Path:
     "Write heads with their card, calibrate what was written, and put the widths into the card."
-    weights = fitter.weights.to("cpu")
-    n = min(fields, 60) if fitter.kind == "velocity" else fields
+    weights, drawn = fitter.weights.to("cpu"), calibration_fields(fitter, fields, seed)
+    exposures = f", {PHOTONS[0]} to {PHOTONS[1]} photons, noise estimated from each" if fitter.noisy else ""
     card = {"summary": f"Interval heads ({fitter.kind}) of {weights.id}: how dark and how bright a pixel could be.",
-            "data": f"Simulated pairs, optics range '{TRAIN.name}'; calibrated on {n} scenes of the split validation, optics range "
-                    f"'{HELD_OUT.name}'.",
+            "data": f"Simulated pairs, optics range '{TRAIN.name}'; calibrated on {len(drawn)} scenes of the split validation, "
+                    f"optics range '{HELD_OUT.name}'{exposures}.",
             "licence": "Apache-2.0; the training data are simulated by this package.",
             "recipe": f"fluogen train heads --models {weights.name} --seed {seed}",
             "training": facts, "scores": "being calibrated",
@@ -167,9 +177,11 @@ def keep_heads(folder: Path, model, fitter: HeadsFitter, facts: dict, seed: int,
              "modules": {"heads": fitter.modules["heads"].config.to_dict()}}
     state = {"heads": fitter.modules["heads"].state_dict()}
     save_weights(folder, state, about, card, "int8", base=str(model))
-    made = simulate_pairs(list(STRUCTURES), n, 128, seed=seed, split="validation", optics=HELD_OUT)
-    found = calibrate_families(weights, load_weights(str(folder)), simulated_fields(made), say=say)
+    heads = load_weights(str(folder))
+    found = calibrate_families(weights, heads, drawn, say=say)
     card["scores"] = {f"mean width at alpha 0.1, delta 0.1: {family}": round(c.width, 4) for family, c in found.items()}
+    missed = miss_by_exposure(next(iter(found.values())), weights, heads, min(fields // 2, 44)) if fitter.noisy else {}
+    card["scores"] |= {f"share of pixels missed, test scenes, {photons} photons": round(share, 4) for photons, share in missed.items()}
     save_weights(folder, state, about, card, "int8", base=str(model))
     write_calibrations(folder, found)
     return folder

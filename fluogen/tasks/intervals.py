@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES_OF', 'HEADED', 'SIDE', 'find_heads', 'load_heads', 'direct_sides', 'chain_sides', 'spread_sides',
-           'restore_sets', 'system_facts', 'Field', 'simulated_fields', 'measured_unit', 'field_sets',
-           'calibrate_fields']
+           'light_range', 'restore_sets', 'system_facts', 'Field', 'simulated_fields', 'measured_unit', 'as_shown',
+           'field_sets', 'calibrate_fields']
 
 # %% ../../nbs/lib/tasks/41_intervals.ipynb #8028ea27
 import json
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from ..core import hash_array, to_unit
-from ..data.intensity import scale_to_unit
+from ..data.stabilise import STABLE
 from ..diffusion.quantiles import IntervalChain, restore_direct_interval, with_heads
 from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, ZooError, find_weights, list_weights, load_weights
 from .memory import TileSide
-from .restore import PlanePasses, walk_chains
+from .restore import PlanePasses, show_plane, walk_chains
 from .settings import RestoreSettings, check_weights
 from ..uncertainty.calibration import calibrate_stream
 from ..uncertainty.certificate import Calibration
@@ -100,9 +100,14 @@ def spread_sides(passes: PlanePasses, settings: RestoreSettings, key: str) -> to
     return torch.stack([mean, spread, spread]).float()
 
 # %% ../../nbs/lib/tasks/41_intervals.ipynb #7731686f
+def light_range(weights: Weights) -> tuple:
+    "Intensities that a restored plane can have: denoised light has no upper end."
+    return (0, None) if weights.config["norm"] == STABLE else (0, 1)
+
+
 @torch.inference_mode()
 def restore_sets(
-    unit: torch.Tensor,             # (1,h,w) in [0,1], on the CPU
+    unit: torch.Tensor,             # (1,h,w) in [0,1], or (3,h,w) of `show_noisy`, on the CPU
     weights: Weights,
     settings: RestoreSettings = RestoreSettings(),
     key: str = "",                  # noise key: the picture's content hash
@@ -111,12 +116,12 @@ def restore_sets(
     *,
     heads: Weights | None = None,   # of `load_heads`; not needed for the family spread
     family: str = "quantile",
-) -> torch.Tensor:                  # (3,H,W): restored in [0,1], lower, upper; the latter two not clipped, not calibrated
+) -> torch.Tensor:                  # (3,H,W): restored, unit range or light; lower, upper not clipped, not calibrated
     "The restored plane and its raw interval. Raises `CalibrationError` for a family that these weights do not have."
     check_weights(weights, settings)
     kind = "control" if settings.samples else "direct"
-    if weights.config["task"] != "sr":
-        raise CalibrationError("intervals are for super-resolution", where=weights.name, expected="sr",
+    if weights.config["task"] not in ("sr", "denoise"):
+        raise CalibrationError("intervals are for super-resolution and denoising", where=weights.name, expected="sr or denoise",
                                found=f"task {weights.config['task']}")
     if family not in FAMILIES_OF[kind]:
         raise CalibrationError(f"no such family for the {kind} adaptation", where="family", found=family,
@@ -127,23 +132,24 @@ def restore_sets(
     else:
         layers = chain_sides(passes, heads, settings, key) if family == "quantile" else spread_sides(passes, settings, key)
     H, W = (weights.config["scale"] * n for n in unit.shape[-2:])
-    mean, (below, above) = layers[0, :H, :W].clamp(0, 1), layers[1:, :H, :W].clamp_min(SIDE)
+    mean, (below, above) = layers[0, :H, :W].clamp(*light_range(weights)), layers[1:, :H, :W].clamp_min(SIDE)
     return torch.stack([mean, mean - below, mean + above])
 
 # %% ../../nbs/lib/tasks/41_intervals.ipynb #13e7efa1
 def system_facts(weights: Weights, settings: RestoreSettings, heads: Weights | None, family: str) -> dict:
     "Everything that a calibration must agree on with the system that uses it."
-    sampled = settings.samples > 0
+    sampled, norm = settings.samples > 0, weights.config["norm"]
+    norm += f", noise {'stated' if settings.camera else 'estimated'}" if norm == STABLE else ""
     return {"weights": weights.id, "heads": heads.id if family in HEADED else "none",
             "sampler": settings.sampler if sampled else "direct",
-            "steps": settings.passes if sampled else 1, "samples": settings.samples, "normalisation": weights.config["norm"],
+            "steps": settings.passes if sampled else 1, "samples": settings.samples, "normalisation": norm,
             "task": weights.config["task"], "prompt": settings.prompt, "family": family}
 
 
 class Field(NamedTuple):
     "A measurement with its truth."
     counts: np.ndarray      # (h,w) as measured
-    target: np.ndarray      # (H,W) truth, unit range
+    target: np.ndarray      # (H,W) truth: unit range; for denoising, noise-free counts
     group: str              # cell or field of view: what is independent
 
 
@@ -152,17 +158,26 @@ def simulated_fields(made, split: str = "validation") -> list[Field]:
     return [Field(made.counts[i, 0].numpy(), made.target[i, 0].numpy(), f"{split}-{made.structures[i]}-{i}") for i in range(len(made))]
 
 
-def measured_unit(counts: np.ndarray, weights: Weights) -> torch.Tensor:
-    "(1,h,w) in [0,1]: counts scaled as when restoring."
-    return torch.from_numpy(scale_to_unit(counts, weights.config["norm"], clip=True)[0])[None]
+def measured_unit(counts: np.ndarray, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> torch.Tensor:
+    "(C,h,w): counts shown as when restoring."
+    return torch.from_numpy(show_plane(counts, weights.config["norm"], settings)[0])
+
+
+def as_shown(field: Field, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> tuple[torch.Tensor, np.ndarray]:
+    "(C,h,w) what the network is shown, and the truth (H,W) on the scale of its answer. Raises `NoiseError`."
+    unit, back = show_plane(field.counts, weights.config["norm"], settings)
+    if weights.config["norm"] != STABLE:
+        return torch.from_numpy(unit), field.target
+    dark, white = back(np.array([0.0, 1.0])).astype(np.float64)                      # counts of no light, and of light 1
+    return torch.from_numpy(unit), ((field.target - dark) / (white - dark)).astype(np.float32)
 
 
 def field_sets(fields: Iterable[Field], weights, settings, heads, family, callback=None):
-    "Yields (lower, mean, upper, target) of each field, NumPy, unit range."
+    "Yields (lower, mean, upper, target) of each field, NumPy, on the scale of the answer."
     for number, field in enumerate(fields):
-        mean, lower, upper = restore_sets(measured_unit(field.counts, weights), weights, settings, hash_array(field.counts),
-                                          heads=heads, family=family).numpy()
-        yield lower, mean, upper, field.target
+        unit, target = as_shown(field, weights, settings)
+        mean, lower, upper = restore_sets(unit, weights, settings, hash_array(field.counts), heads=heads, family=family).numpy()
+        yield lower, mean, upper, target
         if callback:
             callback(number + 1)
 
