@@ -43,6 +43,7 @@ def toys():
 
 def test_fields_are_held_out():
     made = fig9.draw_fields(22, 32)
+    assert fig9.name_structures(["er", "factin", "nuclei"]) == ["ER", "F-actin", "Nuclei"]
     assert len(set(made.structures)) == 11 and made.target.shape == (22, 1, 32, 32)
     assert list_overlaps(HELD_OUT, TRAIN) == [] and "na" not in list_overlaps(fig9.BLURRED, HELD_OUT)
     drifts = fig9.draw_drifts(4, 32)

@@ -86,7 +86,9 @@ class InputRange:
         together = np.cov(((self.points - self.points.mean(0)) / self.spread).T)
         together = (1 - SHRINK) * together + SHRINK * np.eye(len(FEATURES))
         self.whiten = np.linalg.inv(np.linalg.cholesky(together)).T
-        rows = np.arange(len(self.points))
+        rows, self.gap = np.arange(len(self.points)), 1.0
+        alone = [self.gaps(point, rows != i) for i, point in enumerate(self.points)]
+        self.gap = np.maximum(np.quantile(alone, 0.98, axis=0), FLOOR)                  # of one image in fifty
         pairs = np.array([self.apart(point, rows != i) for i, point in enumerate(self.points)])         # (n, 2)
         self.usual, self.scores = np.maximum(np.median(pairs, 0), TINY), np.sort(pairs, 0)
 
@@ -94,7 +96,7 @@ class InputRange:
         return np.linalg.norm((self.points[among] - point) / self.spread @ self.whiten, axis=1)
 
     def gaps(self, point, among=slice(None)) -> np.ndarray:         # (10,) to the nearest, each feature alone
-        return np.sort(np.abs(self.points[among] - point) / self.spread, axis=0)[:NEAREST].mean(0)
+        return np.sort(np.abs(self.points[among] - point) / self.spread, axis=0)[:NEAREST].mean(0) / self.gap
 
     def apart(self, point, among=slice(None)) -> tuple[float, float]:
         "How far from the nearest neighbours: all features together, and the feature that stands out most."
