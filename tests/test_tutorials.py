@@ -10,8 +10,9 @@ from tree import ROOT, git_status, name_of, under
 
 TUTORIALS = under("nbs/tutorials", ".ipynb")
 QUICK = {"00_prompt_to_image": {"steps": 2, "size_px": 32, "prompt": "Lysosomes of HeLa"},      # parameters of a quick run
+         "10_your_thirty_images": {"n_pairs": 5, "steps": 2},
          "20_trust_an_interval": {"n_own": 24, "n_test": 8, "size_px": 64, "alpha": 0.2}}
-PICTURES = {"00_prompt_to_image": 5, "20_trust_an_interval": 4}                                 # static figures at least
+PICTURES = {"00_prompt_to_image": 5, "10_your_thirty_images": 5, "20_trust_an_interval": 5}     # static figures at least
 
 
 @pytest.mark.figures
