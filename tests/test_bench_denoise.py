@@ -77,7 +77,7 @@ def test_something_is_always_set_aside(n):
 
 def test_the_recipe_runs_ends_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(noisy_thirty, "TEST_EXPOSURES", (20,))
-    small = lambda n_per_row=1, size_px=48: {"20 photons": judge_by_truth(simulate_noisy_thirty(9, 10, 48))}
+    small = lambda n_per_row=1, size_px=48: {f"{k} photons": judge_by_truth(simulate_noisy_thirty(k, 10, 48)) for k in (9, 20)}
     monkeypatch.setattr(bench_denoise, "simulated_fields", small)
     options = dict(seeds=(0,), methods=("noise2void",), seconds=0.01, config=SHORT, n_pairs=5)
     out = bench_denoise.run_bench(tmp_path / "out", tmp_path / "work", **options)
@@ -87,11 +87,12 @@ def test_the_recipe_runs_ends_and_is_not_repeated(tmp_path, monkeypatch):
     bench_denoise.run_bench(tmp_path / "out", tmp_path / "work", **options)
     assert (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns == stamp
     shipped = bench_denoise.open_denoiser(str(tmp_path / "out" / "bench-denoise-noise2void"))
-    fields = small()["20 photons"]
+    fields = small()["9 photons"]
     again = [s["psnr"] for s in score_fields(bench_denoise.restore_fields(shipped, fields), fields)]
     kept = next(r for r in record["rows"] if r["way"] == "noise2void")["scores"]["psnr"]
     np.testing.assert_allclose(again, kept, atol=1e-3)
     assert compare(record, ("nlm", "ever"), ("noisy", "ever")).mean > 1
+    assert [len(axis) for axis in bench_denoise.table_of(record, "psnr", "nlm")[:2]] == [1, 10]         # a scene's score: its mean over exposures
 
 
 def test_folds_are_read_side_by_side():

@@ -139,7 +139,7 @@ def run_bench(
     rows = [row for part in run_jobs(score_once, jobs, workers) for row in part]
     fields = {kind: some for seed in (seeds[:1] if simulated else seeds) for kind, some in make_fields(seed, dataset, n_per_row).items()}
     made = describe_bench(rows, reports, {kind: some.batch for kind, some in fields.items()}, {METHODS[r["method"]].base for r in reports},
-                          dataset=name, seeds=list(seeds), n_per_row=n_per_row)
+                          dataset="simulated" if simulated else name, seeds=list(seeds), n_per_row=n_per_row)
     keep_record(out / "bench-denoise" / f"{name}.json", made)
     for report in reports:
         if simulated and report["seed"] == seeds[0] and report["method"] in SHIPPED:
