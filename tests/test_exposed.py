@@ -1,5 +1,6 @@
 "Intervals of a denoiser: fields at every exposure, heads that count in noise, the promise on counts, its refusals."
 import shutil
+import warnings
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -156,7 +157,9 @@ def test_the_promise_holds_on_counts_to_come(toy, calibration):
 def test_truth_is_brought_to_the_scale_of_the_answer(toy):
     _, weights, _ = toy
     field = draw_fields(1, 9, photons=200)[0]
-    (unit, light), (_, other) = as_shown(field, weights), as_shown(field, weights, RestoreSettings(camera=CAMERA))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                                          # hundreds of fields, hundreds of notes
+        (unit, light), (_, other) = as_shown(field, weights), as_shown(field, weights, RestoreSettings(camera=CAMERA))
     assert np.percentile(light, 99.9) == pytest.approx(1, abs=0.15) and abs(np.percentile(light, 1)) < 0.1 and unit.shape == (3, 64, 64)
     slope, offset = np.polyfit(field.target.ravel(), light.ravel(), 1)
     assert np.allclose(slope * field.target + offset, light, atol=1e-4) and other.shape == light.shape

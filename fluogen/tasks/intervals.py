@@ -9,6 +9,7 @@ __all__ = ['FAMILIES_OF', 'HEADED', 'SIDE', 'find_heads', 'load_heads', 'direct_
 
 # %% ../../nbs/lib/tasks/41_intervals.ipynb #8028ea27
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -165,7 +166,9 @@ def measured_unit(counts: np.ndarray, weights: Weights, settings: RestoreSetting
 
 def as_shown(field: Field, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> tuple[torch.Tensor, np.ndarray]:
     "(C,h,w) what the network is shown, and the truth (H,W) on the scale of its answer. Raises `NoiseError`."
-    unit, back = show_plane(field.counts, weights.config["norm"], settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                              # a small or saturated field counts as it is
+        unit, back = show_plane(field.counts, weights.config["norm"], settings)
     if weights.config["norm"] != STABLE:
         return torch.from_numpy(unit), field.target
     dark, white = back(np.array([0.0, 1.0])).astype(np.float64)                      # counts of no light, and of light 1
