@@ -123,7 +123,7 @@ def test_a_new_branch_judges_as_the_prior_does_and_the_loop_minimises_it():
     weights.config["task"] = "generate"
     labels = torch.from_numpy(show_labels(squares()[:, :32], "labels:edges"))[None].repeat(3, 1, 1, 1)
     pairs = Pairs(torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)), labels, ["", "ER of COS-7", ""], ["a", "b", "c"])
-    fitter = MaskFitter(weights)
+    fitter = MaskFitter(weights, "labels:edges")
     bare = Pairs(pairs.target, torch.zeros_like(labels), pairs.prompts, pairs.groups)
     assert fitter.judge(fitter.modules, pairs) == fitter.judge(fitter.modules, bare) == judge_fit(fitter, fitter.modules, pairs)
     torch.nn.init.normal_(fitter.modules["control"].condition.last.weight)
@@ -134,12 +134,13 @@ def test_a_new_branch_judges_as_the_prior_does_and_the_loop_minimises_it():
 def test_a_model_is_taught_kept_and_draws(drawer, tmp_path):
     folder, made = drawer
     assert (made.n_train, made.n_held, made.steps) == (4, 1, 4) and made.after < made.before and 0 <= made.follows <= 1
+    assert np.isnan(made.chance) and "another mask" not in str(made) and "NaN" not in (made.folder / "config.json").read_text()
     weights = load_weights(str(made.folder))
     assert (weights.config["task"], weights.config["norm"], weights.config["scale"]) == ("mask2image", masks.NORM, 1)
     assert weights.config["base"]["name"] == "prior" and "overlap" in (made.folder / "card.md").read_text()
     held = [Pairs(torch.rand(1, 1, 32, 32), torch.from_numpy(show_labels(squares()[:, :32], masks.NORM))[None], [""])]
     kept = MaskFitter(weights)                                                   # its own branch, not a new one
-    assert kept.judge(kept.modules, held[0]) != kept.judge(kept.modules, Pairs(held[0].target, torch.zeros(1, 2, 32, 32), [""]))
+    assert kept.judge(kept.modules, held[0]) != kept.judge(kept.modules, Pairs(held[0].target, 0 * held[0].condition, [""]))
     out = tmp_path / "drawn.tif"
     assert main(["restore", str(folder / "mask0.tif"), str(out), "--model", str(made.folder), "--samples", "1", "--passes", "2"]) == 0
     drawn = read_image(out)

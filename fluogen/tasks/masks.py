@@ -26,7 +26,7 @@ from .own_pairs import OwnPairsError, check_name, estimate_minutes, fit_again, g
 from .recipes import module_configs
 
 # %% ../../nbs/lib/tasks/51_masks.ipynb #d17ec0c5
-NORM = "labels:edges"
+NORM = "labels:binary"
 
 
 def read_mask_pair(record, norm: str = NORM) -> tuple[torch.Tensor, torch.Tensor]:
