@@ -11,6 +11,7 @@ __all__ = ['STUDIES', 'RUN', 'Progress', 'run_restore', 'run_generate', 'run_wei
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
@@ -51,7 +52,9 @@ def run_restore(args) -> int:
     files, began, bad, kept = list_images(args.input, args.output), time.monotonic(), [], 0
     device = choose_device(args.device)
     why = "" if args.device != "auto" else " (auto: no GPU found)" if device.type == "cpu" else " (auto)"
-    weights = load_for_task(args.task, args.samples, args.model, device)
+    weights = load_for_task(args.task or "sr", args.samples, args.model, device)
+    if args.task and args.model and weights.config.get("task") != args.task:
+        raise FluogenError("weights of another task", args.model, weights.config.get("task"), args.task, "Leave --task or --model out.")
     options = dict(axes=args.axes, dtype=args.dtype, memory_gb=args.memory)
     _say(f"{weights.id} on {device}{why}, {len(files)} image{'s' * (len(files) > 1)}")
     if args.interval or args.calibration:
@@ -76,10 +79,12 @@ def run_restore(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #34f5f178
 def run_generate(args) -> int:
     "Pictures from prompts, each in a file of its own that says it is synthetic."
+    from fluogen.data.files import check_writable
     from fluogen.diffusion.zoo import load_weights
     from fluogen.tasks.generate import GenerateSettings, generate, save_generated
     settings = GenerateSettings(steps=args.steps, sampler=args.sampler, grid=args.grid, guidance=args.guidance, size_px=args.size,
                                 seed=args.seed)
+    check_writable(Path(args.out) / "picture.tif")
     device = choose_device(args.device)
     weights = load_weights(args.model, device)
     _say(f"{weights.id} on {device}, {len(args.prompts)} prompt{'s' * (len(args.prompts) > 1)} x {args.n}")
@@ -87,7 +92,7 @@ def run_generate(args) -> int:
     made = generate(args.prompts, args.n, settings, weights, callback=lambda done, of: progress(Path("pictures"), done, of))
     for path in save_generated(made, args.out, settings, weights, args.suffix):
         print(path, flush=True)
-    _say(f"{len(made.images)} synthetic pictures in {args.out}; look at them before you use them")
+    _say(f"{len(made.images)} synthetic picture{'s' * (len(made.images) > 1)} in {args.out}; look before you use them")
     return 0
 
 # %% ../nbs/lib/90_cli.ipynb #9bac308c
@@ -182,7 +187,8 @@ def run_train(args) -> int:
                         base=args.base, generative=args.recipe != "nano-sr-simulated", start=args.start, steps=args.steps,
                         lr=args.rate, **common)
     print(made, flush=True)
-    _say(f"look at card.md in that folder; to use these weights: fluogen restore IN OUT --model {made}")
+    use = 'generate "ER of COS-7"' if args.recipe == "nano" else "restore IN OUT"
+    _say(f"look at card.md in that folder; to use these weights: fluogen {use} --model {made}")
     return 0
 
 # %% ../nbs/lib/90_cli.ipynb #2966692a
@@ -211,15 +217,16 @@ def run_check(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #8542d214
 def run_finetune(args) -> int:
     "Tune shipped weights on one's own pairs; Ctrl-C keeps a checkpoint, and the same command goes on."
+    from fluogen.tasks.own_pairs import adapt, set_profile
     common = dict(base=args.model or "", minutes=args.minutes, work=args.work, out=args.out, seed=args.seed, device=args.device, say=_say,
                   free=args.free)
     masks = args.task == "mask2image"
     if masks:
-        from fluogen.tasks.masks import adapt_masks
-        made = adapt_masks(args.manifest, args.name, **common)
+        from fluogen.tasks.masks import MASK_CONFIG, adapt_masks
+        config = set_profile(replace(MASK_CONFIG, seed=args.seed, minutes=args.minutes), args.profile, args.device)
+        made = adapt_masks(args.manifest, args.name, config=config, **common)
     else:
-        from fluogen.tasks.own_pairs import adapt
-        made = adapt(args.manifest, args.name, task=args.task, samples=args.samples, **common)
+        made = adapt(args.manifest, args.name, task=args.task, samples=args.samples, profile=args.profile, **common)
     for line in str(made).splitlines():
         _say(line)
     print(made.folder, flush=True)
@@ -231,11 +238,13 @@ def run_finetune(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #217cb099
 def run_calibrate(args) -> int:
     "Calibrate intervals on one's own pairs, and say in words what may be relied on."
+    from fluogen.data.files import check_writable
     from fluogen.data.registry import load_dataset
     from fluogen.tasks.certified import calibrate_source, choose_family
     from fluogen.tasks.intervals import HEADED, load_heads
     from fluogen.tasks.settings import RestoreSettings, load_for_task
     from fluogen.uncertainty.certificate import save_calibration
+    check_writable(args.out or "calibration.json", ".json")
     settings = RestoreSettings(prompt=args.prompt, samples=args.samples, passes=args.passes, seed=args.seed, camera=args.camera)
     weights = load_for_task(args.task, args.samples, args.model, choose_device(args.device))
     family = args.family or choose_family(weights, settings, args.model)
@@ -283,7 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stderr.close()
             return 0
         except (FluogenError, OSError) as error:
-            _say(f"fluogen: {error}")
+            named = isinstance(error, OSError) and error.filename
+            _say(f"fluogen: {named}: the system refuses (found {error.strerror})" if named else f"fluogen: {error}")
             return 2
         except KeyboardInterrupt:
             _say("fluogen: interrupted; the same command goes on where it stopped")

@@ -121,7 +121,9 @@ def test_a_wrong_image_is_one_line_and_nothing_is_written(run, raw, tmp_path, mo
     (["--model", "no-such"], "no-such: no such weights"), (["--device", "tpu"], "no such device"),
     (["--samples", "2"], "not samples"), (["--samples", "-1"], "samples: setting out of range"),
     (["--tile", "8"], "tile_px: setting out of range"), (["--axes", "ABC"], "axes"),
-    (["--memory", "0.001"], "not enough memory"), (["--channel", "0"], "no such colour")])
+    (["--memory", "0.001"], "not enough memory"), (["--channel", "0"], "no such colour"),
+    (["--memory", "nan"], "memory: setting out of range"), (["--memory", "0"], "memory: setting out of range"),
+    (["--camera", "1,0,3"], "only denoising asks for the camera"), (["--task", "denoise"], "weights of another task")])
 def test_a_wrong_wish_is_one_line(run, raw, tmp_path, model, options, says):
     model = [] if "--model" in options else ["--model", model]
     code, out, err = run("restore", raw / "a.tif", tmp_path / "out.tif", *model, *options)
@@ -133,10 +135,44 @@ def test_a_wrong_wish_is_one_line(run, raw, tmp_path, model, options, says):
 @pytest.mark.parametrize("arguments", [
     [], ["sharpen"], ["restore"], ["restore", "a.tif"], ["restore", "a.tif", "b.tif", "--prmpt", "x"],
     ["restore", "a.tif", "b.tif", "--seed", "one"], ["restore", "a.tif", "b.tif", "--dtype", "int7"],
-    ["restore", "a.tif", "b.tif", "--intensity", "max"], ["train", "all"], ["doctor", "--now"]])
+    ["restore", "a.tif", "b.tif", "--intensity", "max"], ["train", "all"], ["doctor", "--now"],
+    ["restore", "a.tif", "b.tif", "--camera", "a,b,c"], ["train", "nano", "--steps", "0"], ["train", "nano", "--minutes", "nan"],
+    ["finetune", "m", "--name", "x", "--minutes", "0"], ["finetune", "m", "--name", "x", "--profile", "cluster"]])
 def test_a_wrong_option_is_one_line(run, arguments):
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and len(err) == 1 and "--help" in err[0] and err[0].startswith("fluogen")
+
+
+def test_an_image_that_is_no_result_is_not_overwritten(run, raw, tmp_path, model):
+    "`fluogen restore *.tif` in a folder of two."
+    before = (raw / "b.tif").read_bytes()
+    code, out, err = run("restore", raw / "a.tif", raw / "b.tif", "--model", model)
+    assert code == 2 and "not restored lies there" in err[-1] and (raw / "b.tif").read_bytes() == before
+    for _ in range(2):
+        assert run("restore", raw / "a.tif", tmp_path / "own.tif", "--model", model)[0] == 0
+    assert run("restore", raw / "b.tif", tmp_path / "own.tif", "--model", model)[0] == 0      # a result may be
+
+
+def test_other_formats_of_a_folder_are_named(run, raw, tmp_path, model):
+    (raw / "c.jpg").write_bytes(b"x")
+    (raw / "d.czi").write_bytes(b"x")
+    code, out, err = run("restore", raw, tmp_path / "out", "--model", model)
+    assert code == 0 and any("2 images of other formats left out (c.jpg)" in line for line in err)
+    (raw / "only").mkdir()
+    (raw / "c.jpg").rename(raw / "only" / "c.jpg")
+    code, out, err = run("restore", raw / "only", tmp_path / "out2", "--model", model)
+    assert code == 2 and "c.jpg" in err[-1] and "Export them as TIFF" in err[-1]
+
+
+def test_places_are_tried_before_the_work(run, raw, tmp_path, model):
+    for arguments in (["restore", raw / "a.tif", raw / "b.tif" / "x.tif", "--model", model],
+                      ["generate", "ER of COS-7", "--out", raw / "b.tif", "--model", model],
+                      ["calibrate", "none.jsonl", "--out", raw / "b.tif" / "c.json"],
+                      ["calibrate", "none.jsonl", "--out", raw / "b.tif"]):
+        before = (raw / "b.tif").read_bytes()
+        code, out, err = run(*arguments)
+        assert code == 2 and out == "" and ("a file, so nothing" in err[-1] or "ends in .json" in err[-1]), err
+        assert (raw / "b.tif").read_bytes() == before
 
 
 def test_weights_that_are_not_installed(run, raw, tmp_path, monkeypatch):

@@ -15,7 +15,18 @@ SMALL = GenerateSettings(steps=3, size_px=32, seed=5)
 
 @pytest.fixture(scope="module")
 def toy():
-    return make_weights()
+    weights = make_weights()
+    weights.config = weights.config | {"task": "generate"}
+    return weights
+
+
+def test_weights_that_draw_nothing_and_weights_that_were_tuned_to_restore(toy):
+    with pytest.warns(UserWarning, match="tuned for the task sr"):
+        generate("ER of COS-7", 1, SMALL, make_weights())
+    other = make_weights()
+    other.modules = {"encoder": other.modules["backbone"]}
+    with pytest.raises(GenerateError, match="these weights draw nothing"):
+        generate("ER of COS-7", 1, SMALL, other)
 
 
 @pytest.mark.parametrize("sampler, grid", [("dpmpp_2m", "logsnr"), ("ddim", "trailing"), ("ddpm", "trailing")])

@@ -237,6 +237,26 @@ def test_what_cannot_be_restored_is_one_line(direct, image, settings, says):
     assert "\n" not in str(caught.value)
 
 
+def test_a_mask_is_no_image(direct):
+    with pytest.raises(RestoreError, match="a mask of two values"):
+        restore_image(Image(make_image(20, 22).array > 400, "YX"), direct, MEAN)
+
+
+def test_a_camera_that_cannot_be_and_a_small_field_are_said():
+    from fluogen.tasks.restore import show_plane
+    from fluogen.data.noise import NoiseError
+    rng = np.random.default_rng(0)
+    plane = rng.poisson(rng.uniform(100, 300, (4, 4)).repeat(24, 0).repeat(24, 1)).astype(np.uint16)
+    with pytest.raises(NoiseError, match="offset lies above the image"):
+        show_plane(plane, "stabilise", RestoreSettings(camera=(1, 5000, 3)))
+    with pytest.warns(UserWarning, match="96 x 96 px may be a tenth off"):
+        show_plane(plane, "stabilise", RestoreSettings())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        show_plane(np.tile(plane, (3, 3)), "stabilise", RestoreSettings())
+        show_plane(plane, "stabilise", RestoreSettings(camera=(1, 0, 3)))
+
+
 @pytest.mark.parametrize("change", [{"samples": -1}, {"passes": 0}, {"sampler": "euler"}, {"tile_px": 31},
                                     {"overlap_px": 256}, {"overlap_px": -1}, {"intensity": "max"}])
 def test_settings_out_of_range(change):
@@ -264,7 +284,7 @@ def test_weights_that_are_not_installed(tmp_path, monkeypatch):
         load_for_task("sr", samples=4)
     with pytest.raises(ZooError, match="mine: no such weights"):
         load_for_task("sr", model="mine")
-    with pytest.raises(RestoreError, match="no such task .found sharpen, expected denoise, sr"):
+    with pytest.raises(RestoreError, match="no such task .found sharpen, expected sr, denoise, mask2image"):
         load_for_task("sharpen")
     save_toy(tmp_path / "nano-sr-direct")
     assert load_for_task("sr").name == "nano-sr-direct"
@@ -440,8 +460,10 @@ def test_kept_only_if_nothing_changed(toy, tmp_path):
     assert [go(), target.read_bytes() == whole] == ["restored", True]
     target.write_bytes(b"")
     assert go() == "restored"
-    write_image(target, make_image(40, 40))
-    assert go() == "restored"
+    write_image(target, make_image(40, 40))             # not ours: perhaps a measurement
+    with pytest.raises(RestoreError, match="not restored lies there"):
+        go()
+    assert read_image(target).array.shape == (40, 40)
 
 
 @pytest.mark.parametrize(("target", "dtype", "says"), [

@@ -60,8 +60,11 @@ def _check_replaced(path: Path, new: Path) -> None:
 
 def check_writable(
     path: str | Path,   # of what is to be written after long work
+    suffix: str = "",   # in which its name must end, so that a slip is not written over an image
 ) -> None:
     "Refuse, before the work, a place where nothing could be written. Raises `FluogenError`."
+    if not str(path).endswith(suffix):
+        raise FluogenError("not the name of such a file", where=path, expected=f"a name that ends in {suffix}")
     near = next(folder for folder in Path(path).absolute().parents if folder.exists())
     hint = "Name a folder that you may write to."
     if not near.is_dir():

@@ -64,7 +64,8 @@ def _find_scale(array: np.ndarray, rule) -> Scale:
     if kind == "range":
         return Scale(low, high)
     if kind == "percentile":
-        low, high = (float(v) for v in np.percentile(array, (low, high)))
+        values = array.astype(np.uint8) if array.dtype.kind == "b" else array
+        low, high = (float(v) for v in np.percentile(values, (low, high)))
         if low == high and array.min() < array.max():
             low, high = float(array.min()), float(array.max())
             warnings.warn(f"sparse image: {rule} fall together, minimum {low:g} and maximum {high:g} used",

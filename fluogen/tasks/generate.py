@@ -73,6 +73,9 @@ def list_pictures(prompts, n: int, seed: int) -> list[tuple[str, int]]:
 
 def check_size(size_px: int, weights: Weights) -> None:
     "Raises `GenerateError` with the sizes that the network takes."
+    if not {"backbone", "prompts"} <= set(weights.modules) or weights.schedule is None:
+        raise GenerateError("these weights draw nothing", where=weights.name, found=f"task {weights.config.get('task')}",
+                            expected="task generate", hint="Say --model fluogen-nano, or leave it out.")
     multiple, (low, high) = weights.backbone.config.size_multiple, SIZES_PX
     if size_px % multiple or not low <= size_px <= high:
         raise GenerateError("the network does not take this size", where="size_px", found=size_px,
@@ -91,6 +94,9 @@ def generate(
     "Pictures from prompts. Raises `GenerateError`; warns about words that the weights do not know."
     weights = load_weights(weights) if isinstance(weights, str) else weights
     check_size(settings.size_px, weights)
+    if weights.config.get("task") != "generate":
+        warnings.warn(f"{weights.name} was tuned for the task {weights.config.get('task')}; its pictures show that, not the prior",
+                      stacklevel=2)
     pictures, schedule = list_pictures(prompts, n, settings.seed), weights.schedule
     for prompt in dict.fromkeys(p for p, _ in pictures):            # each unknown prompt once
         weights.prompts.encode([prompt])

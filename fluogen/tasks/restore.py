@@ -20,7 +20,7 @@ from ..data.files import ImageReadError
 from ..data.intensity import scale_to_unit
 from ..data.io import Image
 from ..data.labels import LABEL_NORMS, LabelError, show_labels
-from ..data.noise import NoiseError, estimate_noise
+from ..data.noise import SMALL, NoiseError, estimate_noise
 from ..data.noisy import noise_of
 from ..data.optics import Camera
 from ..data.stabilise import STABLE, show_noisy
@@ -165,6 +165,8 @@ def show_plane(plane: np.ndarray, norm: str, settings: RestoreSettings) -> tuple
     "(C,H,W) as the weights' norm says, and the way from what they answer to counts. Raises `ImageReadError`, `NoiseError`, `LabelError`."
     if norm in LABEL_NORMS:
         return show_labels(plane, norm), lambda drawn: drawn
+    if plane.dtype.kind == "b":
+        raise ImageReadError("a mask of two values, not intensities", hint="Give the measured image.")
     if norm != STABLE:
         unit, (low, _) = scale_to_unit(plane, norm, clip=True)
         return unit[None], lambda restored: match_flux(restored, plane, low)
@@ -172,7 +174,13 @@ def show_plane(plane: np.ndarray, norm: str, settings: RestoreSettings) -> tuple
     if settings.camera:
         gain, offset, read_noise = map(float, settings.camera)
         noise = noise_of(Camera(offset_counts=offset, gain=gain, read_noise=read_noise))
+        if np.percentile(plane, 99) <= offset:
+            raise NoiseError("the stated offset lies above the image", found=f"{offset:g} counts, and 99 % of the pixels are no brighter",
+                             hint="Give the counts of a dark image as the second number of --camera GAIN,OFFSET,READ.")
     else:
+        if plane.size < SMALL:
+            warnings.warn(f"noise estimated from {plane.shape[0]} x {plane.shape[1]} px may be a tenth off, from 256 x 256 a twentieth: "
+                          "restore the whole field, or state --camera", stacklevel=2)
         try:
             noise = estimate_noise(plane)
         except NoiseError as error:

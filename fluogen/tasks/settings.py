@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..core import FluogenError
 from ..data.labels import LABEL_NORMS
+from ..data.stabilise import STABLE
 from ..diffusion.prompts import split_words
 from ..diffusion.sampler import SAMPLERS
 from ..diffusion.zoo import Weights, ZooError, load_weights
@@ -92,7 +93,10 @@ def check_weights(weights: Weights, settings: RestoreSettings) -> None:
             raise RestoreError(what, where=config.get("name", weights.name), **more)
 
     refuse(not {"backbone", "prompts"} <= set(have) or "scale" not in config or weights.schedule is None,
-           "these weights restore nothing", found=f"task {config.get('task')}", expected="task sr or denoise")
+           "these weights restore nothing", found=f"task {config.get('task')}, parts {', '.join(sorted(have))}",
+           expected="task sr or denoise, with backbone and prompts", hint="fluogen weights lists others.")
+    refuse(settings.camera and config.get("norm") != STABLE, "only denoising asks for the camera", found=f"task {config.get('task')}",
+           hint="Leave the camera out, or denoise (--task denoise).")
     masks = config.get("norm") in LABEL_NORMS
     refuse(masks and settings.samples != 1, "these weights draw one picture for a mask", found=f"samples {settings.samples}",
            expected="samples=1 (--samples 1)", hint="The mean of several pictures is none; other pictures come with another seed.")
