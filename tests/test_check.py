@@ -109,6 +109,7 @@ PLANTS = {
     "jpeg": lambda f: change(f / "noisy/2.tif", jpeg),
     "8-bit": lambda f: change(f / "noisy/2.tif", lambda a: a / 8, dtype=np.uint8),
     "not-a-number": lambda f: write_image(f / "noisy/2.tif", np.where(np.eye(128), np.nan, 5).astype(np.float32)),
+    "small": lambda f: [change(f / r / "2.tif", lambda a: a[:20, :24]) for r in ("clean", "noisy")],
     "one-pair": lambda f: [path.unlink() for path in f.rglob("*.tif") if path.stem != "0"],
 }
 
@@ -122,6 +123,24 @@ def test_planted(folder, kind):
     line, = (line for line in report.lines() if f"  {kind}: " in line)
     assert line.startswith("MEND" if ADVICE[kind][0] else "note") and line.endswith(ADVICE[kind][1]) and "\n" not in line
     assert bool(report.must_mend) == ADVICE[kind][0]
+
+
+def test_pairs_that_cannot_be_read_are_still_pairs(folder):
+    for path in folder.rglob("*.tif"):
+        path.write_bytes(b"")
+    assert check_data(folder).summary()[0] == "images      5 pairs, of which none can be read"
+
+
+def test_small_drawings_are_not_taken_for_jpeg():
+    "Few blocks say little: of 96 pixels a smooth picture can look like them by chance."
+    from fluogen.data.facts import measure_blocks
+    assert max(measure_blocks(draw(seed, 96)[0]) for seed in range(30)) == 0
+    assert max(measure_blocks(draw(seed, 128)[0]) for seed in range(30)) < 0.1
+
+
+def test_twins_of_one_name_are_told_apart(folder):
+    shutil.copy(folder / "clean/3.tif", folder / "noisy/3.tif")
+    assert any("noisy/3.tif has the content of clean/3.tif" in finding.what for finding in check_data(folder).findings)
 
 
 def rows(folder, splits, groups=None):
@@ -151,6 +170,21 @@ def test_splits_by_group_are_no_leak(folder):
 
 
 # ---- roles
+
+def test_masks_are_no_recordings(folder, tmp_path):
+    report = check_data(folder)
+    threshold = lambda path: save(path, 255 * (read_image(path).array > 400), np.uint8)         # a mask of bright parts, in eight bits
+    for path in (folder / "noisy").iterdir():
+        shutil.copy(folder / "clean" / path.name, path)
+        threshold(path)
+    masks = check_data(write_manifest(tmp_path / "masks.jsonl", report.records))
+    assert not masks.must_mend and "8-bit" not in masks.kinds() and "--task mask2image" in next_step(masks, "masks.jsonl")
+    save(folder / "noisy" / "0.tif", np.kron(np.eye(2), np.ones((40, 40))))
+    shutil.copy(folder / "clean" / "1.tif", tmp_path / "image.tif")
+    shutil.copy(folder / "noisy" / "1.tif", folder / "clean" / "1.tif")
+    shutil.copy(tmp_path / "image.tif", folder / "noisy" / "1.tif")
+    assert {"sizes", "exchanged"} <= set(check_data(tmp_path / "masks.jsonl").kinds())
+
 
 def test_names_that_pair(tmp_path):
     for name in ("a_GT.tif", "a_raw.tif", "b_gt.tif", "b_raw_1.tif", "b_raw_2.tif"):

@@ -14,6 +14,7 @@ from scipy.ndimage import convolve, gaussian_filter
 
 from ..core import hash_array
 from .io import read_image
+from .labels import is_label_map
 
 # %% ../../nbs/lib/data/56_facts.ipynb #277dec1c
 def find_saturation(array) -> float:
@@ -29,13 +30,13 @@ def find_saturation(array) -> float:
 
 
 def measure_blocks(array) -> float:
-    "How much steps at every eighth column and row differ from the others: about 0, from 0.1 on JPEG."
+    "How much steps at every eighth column and row differ from the others: about 0, from 0.1 on JPEG; 0 below 121 pixels."
     found = []
     for axis in (0, 1):
         steps = abs(np.diff(array.astype(float), axis=axis))
         line = np.minimum(steps, np.percentile(steps, 95) + 1e-9).mean(1 - axis)
         line = line[:len(line) // 8 * 8]
-        if len(line) < 64 or line.mean() == 0:
+        if len(line) < 120 or line.mean() == 0:
             return 0.0
         fold = np.median(line.reshape(-1, 8) / line.mean(), axis=0)             # (8,)
         found.append(np.sort(abs(fold - np.median(fold)))[-1] - np.sort(abs(fold - np.median(fold)))[-3])
@@ -70,6 +71,7 @@ class Facts:
     speckle: float                  # see `measure_speckle`
     content: str                    # hash of the pixels
     thumbnail: np.ndarray           # (SIDE * SIDE,) zero mean, length 1
+    labels: bool = False            # a mask: pieces of equal whole numbers, see `fluogen.data.labels`
 
     @property
     def is_plane(self) -> bool: return self.axes == "YX"
@@ -102,4 +104,4 @@ def examine_image(
     return Facts(Path(path), image.axes, array.shape, str(array.dtype), image.pixel_um, tuple(float(v) for v in cuts),
                  find_saturation(finite), bool(dead), int(bad), measure_blocks(plane) if usable else 0.0,
                  measure_speckle(plane) if usable else 0.0, hash_array(array),
-                 make_thumbnail(plane) if usable else np.zeros(SIDE * SIDE)), array
+                 make_thumbnail(plane) if usable else np.zeros(SIDE * SIDE), usable and is_label_map(plane)), array

@@ -58,6 +58,8 @@ def next_step(
                 f"mend what is marked MEND above ({len(kinds)} in all), then check again")
     if not pairs:
         return "no pairs: these images can serve as targets of simulated pairs, or give each a noisy or coarse partner"
+    if all(pair.condition.labels for pair in pairs) and manifest is not None:
+        return f"teach a model to draw images for masks: fluogen finetune {manifest} --task mask2image --name NAME"
     scales = {pair.shift.scale for pair in pairs if pair.shift}
     if manifest is None:
         return f"write the list of pairs: fluogen check {report.source} --manifest pairs.jsonl"
