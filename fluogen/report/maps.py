@@ -84,8 +84,8 @@ def _plot_guard(axis, shares):
                 axis.barh(y + shift, max(value, 0.01), color=colour, height=0.36)
     axis.set_yticks(range(len(shares)), list(shares)[::-1], fontsize=6)
     axis.set(xlim=(0, 1), xlabel="share turned away by the guard", title="drift")
-    axis.legend([Patch(color="0.75"), Patch(color="0.35")], ["single images", "20 together"], fontsize=5.5, frameon=False, loc="upper right",
-                handlelength=1, handleheight=0.8, borderpad=0.1, labelspacing=0.2)
+    axis.legend([Patch(color="0.75"), Patch(color="0.35")], ["single images", "20 together"], fontsize=5.5, frameon=False,
+                loc="upper right", handlelength=1, handleheight=0.8, borderpad=0.1, labelspacing=0.2)
 
 
 def _plot_places(axis, miscoverage, alpha, figure):
