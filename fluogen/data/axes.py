@@ -81,7 +81,7 @@ def name_axes(
         return replace(best, axes=best.inner), "one plane"
     choices = [a + best.inner for a in "ZTC" if a not in best.inner] if lead == 1 else [f"letters of {LETTERS}"]
     raise ImageReadError("the file does not say what its axes are", path, f"shape {best.shape}",
-                         " or ".join(choices), f"Say which, e.g. read_image(path, axes={choices[0]!r}).")
+                         " or ".join(choices), f"Say which, e.g. read_image(path, axes={choices[0]!r}), or --axes {choices[0]}.")
 
 # %% ../../nbs/lib/data/03_axes.ipynb #75833947
 _UNITS = {"µm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometers": 1.0,

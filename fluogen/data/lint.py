@@ -89,8 +89,8 @@ def _shared_content(records: list[Record], content: Callable) -> list[Finding]:
             splits = sorted({record.split or "" for path in paths for record in files[path]} - {""})
             kind = "leak-content" if len(splits) > 1 else "duplicate"
             place = f" across {' and '.join(splits)}" if len(splits) > 1 else ""
-            findings.append(Finding(kind, files[paths[1]][0].where,
-                                    f"{paths[1].name} has the content of {paths[0].name}{place}", len(paths)))
+            one, other = (path.name if paths[0].name != paths[1].name else "/".join(path.parts[-2:]) for path in paths[:2])
+            findings.append(Finding(kind, files[paths[1]][0].where, f"{other} has the content of {one}{place}", len(paths)))
     return findings
 
 # %% ../../nbs/lib/data/28_lint.ipynb #ae281c13
