@@ -189,7 +189,7 @@ def test_a_name_is_not_gone_on_with_other_pairs_or_weights(tmp_path):
     assert "\n" not in str(caught.value)
     write_manifest(tmp_path, rows)
     save_toy(tmp_path / "toy", seed=1)
-    with pytest.raises(OwnPairsError, match="other pairs, weights or settings"):
+    with pytest.raises(OwnPairsError, match="with other weights lies there"):
         tune_toy(tmp_path, "mine")
     assert (tmp_path / "mine" / "weights.safetensors").read_bytes() == kept
 
@@ -217,6 +217,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(FluogenError, match="nothing can be written into it"):
         adapt(tmp_path / "none.jsonl", "mine", out=tmp_path / "file")
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "1.tif").write_text("x")
+    with pytest.raises(OwnPairsError, match="holds no weights lies there"):
+        adapt(tmp_path / "none.jsonl", "cells", out=tmp_path)
 
 
 def test_profiles():

@@ -19,10 +19,10 @@ from ..data.intensity import scale_to_unit
 from ..data.io import read_image
 from ..data.labels import LABEL_NORMS, show_labels
 from ..diffusion.control import ControlConfig
-from ..diffusion.zoo import load_weights, save_weights, weight_folders
+from ..diffusion.zoo import load_weights, save_weights
 from .bench30 import BENCH_CONFIG
 from .finetune import ControlFitter, FitConfig, Pairs
-from .own_pairs import OwnPairsError, check_name, estimate_minutes, fit_again, gather_tiles, split_pairs
+from .own_pairs import OwnPairsError, estimate_minutes, fit_again, gather_tiles, place_weights, split_pairs
 from .recipes import module_configs
 
 # %% ../../nbs/lib/tasks/51_masks.ipynb #d17ec0c5
@@ -103,8 +103,9 @@ class Drawer:
 
     def __str__(self):
         other = f", another mask by {self.chance:.2f}" if np.isfinite(self.chance) else ""
-        said = (f"{self.name}: drawn objects overlap their masks by {self.follows:.2f}{other}, measured objects theirs by {self.measured:.2f}; "
-                f"denoising loss {self.before:.4f} without and {self.after:.4f} with the mask ({self.n_held} tiles of cells set aside)")
+        said = (f"{self.name}: drawn objects overlap their masks by {self.follows:.2f}{other}, measured objects theirs by "
+                f"{self.measured:.2f}; denoising loss {self.before:.4f} without and {self.after:.4f} with the mask "
+                f"({self.n_held} tiles of cells set aside)")
         return said + (f"\n{self.alarm}" if self.alarm else "")
 
 
@@ -166,7 +167,7 @@ def adapt_masks(
     free: str = "all",              # nothing else: a branch that begins at nothing needs all its weights
 ) -> Drawer:
     "Teach the prior to draw images for masks. Raises `OwnPairsError` for pairs that cannot be used, `KeyboardInterrupt` after Ctrl-C."
-    check_name(name)
+    folder = place_weights(name, out)
     if free != "all":
         raise OwnPairsError("a new branch needs all its weights", where="free", found=free, expected="all")
     base = base or "fluogen-nano"
@@ -185,6 +186,6 @@ def adapt_masks(
     held = Pairs(held.target.to(place), held.condition.to(place), held.prompts, held.groups)
     before = fitter.judge(fitter.modules, held)
     result = fit_again(fitter, training, held, config, Path(work) / name, callback, progress, weights.id)
-    made = judge_drawer(fitter, held, name, Path(out or weight_folders()[1]) / name, before, len(training), result.step)
+    made = judge_drawer(fitter, held, name, folder, before, len(training), result.step)
     keep_drawer(made, fitter, weights, base, source, norm, config)
     return made

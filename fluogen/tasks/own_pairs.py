@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TUNING', 'TILE_PX', 'MAX_VALIDATION', 'PROFILES', 'OwnPairsError', 'read_pair', 'cut_pair', 'read_pairs',
-           'gather_tiles', 'split_pairs', 'Adapted', 'check_name', 'set_profile', 'fit_again', 'estimate_minutes',
+           'gather_tiles', 'split_pairs', 'Adapted', 'place_weights', 'set_profile', 'fit_again', 'estimate_minutes',
            'find_alarm', 'adapt', 'keep_adapted']
 
 # %% ../../nbs/lib/tasks/47_own_pairs.ipynb #ca335e47
@@ -142,12 +142,17 @@ class Adapted:
         return said + (f"\n{self.alarm}" if self.alarm else "")
 
 
-def check_name(name: str) -> None:
-    "Raise for what cannot be the name of weights, which is that of a folder."
+def place_weights(name: str, out: str | Path | None = None) -> Path:
+    "The folder of new weights. Raises, before the work, for a name or a place that cannot be theirs."
     if not name or name in (".", "..") or set(name) & set('/\\\\:*?"<>|'):
         raise OwnPairsError("not a name for weights", where="name", found=name, expected="letters, digits, - and _")
     if (weight_folders()[0] / name / "config.json").is_file():
         raise OwnPairsError("the name of weights that ship with the package", where="name", found=name, hint="Choose another one.")
+    folder = Path(out or weight_folders()[1]) / name
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise OwnPairsError("a folder that holds no weights lies there", where=folder, hint="Choose another --name or --out.")
+    check_writable(folder)
+    return folder
 
 
 def set_profile(config: FitConfig, profile: str, device: str = "auto") -> FitConfig:
@@ -168,7 +173,8 @@ def fit_again(fitter, training: Pairs, held: Pairs, config: FitConfig, folder, c
     except CheckpointError as error:
         if "of another training" not in error.what:
             raise
-        raise OwnPairsError("a tuning with other pairs, weights or settings lies there", where=folder, found=error.what.split(": ")[-1],
+        other = next((key for key in ("pairs", "weights") if f": {key} " in error.what), "settings")
+        raise OwnPairsError(f"an unfinished or finished tuning with other {other} lies there", where=folder,
                             hint="Choose another --name, or delete that folder.") from None
 
 
@@ -206,9 +212,7 @@ def adapt(
     profile: str = "laptop",        # "gpu": more and larger crops a step, more steps; refused without an NVIDIA GPU
 ) -> Adapted:
     "Tune shipped weights on one's own pairs. Raises `OwnPairsError` for pairs that cannot be used, `KeyboardInterrupt` after Ctrl-C."
-    check_name(name)
-    folder = Path(out or weight_folders()[1]) / name
-    check_writable(folder)
+    folder = place_weights(name, out)
     config = config or FitConfig(**{**asdict(TUNE_CONFIG), "seed": seed, "minutes": minutes, **TUNING.get(free, {})})
     config = set_profile(config, profile, device)
     weights = load_for_task(task, int(samples), base or None, choose_device(device))
