@@ -153,9 +153,10 @@ def judge_pair(condition: Facts, target: Facts, pixels: tuple) -> tuple[list[tup
     if condition.content == target.content:
         return [("same-image", "input and target have the same pixels")], None
     if condition.labels or target.labels:                                           # a mask and its image: nothing to register
-        wrong = {"exchanged": not condition.labels and "the target is a mask, the input is not",
-                 "sizes": condition.shape != target.shape and f"mask and image differ in size, input {condition.shape}, target {target.shape}"}
-        return [(kind, what) for kind, what in wrong.items() if what], None
+        found = [] if condition.labels else [("exchanged", "the target is a mask, the input is not")]
+        if condition.shape != target.shape:
+            found.append(("sizes", f"mask and image differ in size, input {condition.shape}, target {target.shape}"))
+        return found, None
     try:
         shift = measure_shift(*pixels)
     except PairError as error:
