@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'LABELS', 'DISPLAY', 'METRICS', 'figure_methods', 'real_methods', 'open_fields', 'summarise',
-           'format_table', 'figure_panels', 'measure_noise_error', 'guard_restored', 'figure_claims', 'drift_from']
+           'format_table', 'figure_panels', 'to_counts', 'measure_noise_error', 'guard_restored', 'figure_claims',
+           'drift_from']
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #b8356cd4
 from pathlib import Path
@@ -131,29 +132,34 @@ def figure_panels(images: dict, fields: NoisyFields, columns=("Raw", "NLM", *DIS
     return panels, widths
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #dc4c5f52
-def measure_noise_error(fields: dict) -> float:
-    "Largest relative error of the estimated noise, from the 10th to the 99th percentile of the grey levels; NaN if none was estimated."
+def to_counts(light: np.ndarray, fields: NoisyFields, i: int) -> np.ndarray:
+    "Light (H,W) of field i as its camera would count it without noise."
+    camera, (sigma, bend) = fields.batch.setups[i].camera, fields.batch.condition[i, 1:, 0, 0].numpy()
+    low = bend / sigma                                                      # stabilised value of light 0
+    stable = (low**2 + (2 * bend + 1) / sigma**2 * light) / 4
+    return camera.offset_counts + camera.gain * (stable - 0.375 - camera.read_noise**2 - 1 / 12 / camera.gain**2)
+
+
+def measure_noise_error(fields: dict) -> np.ndarray:
+    "Largest relative error of the noise estimated from one field, over its grey levels up to the 99.9th percentile; one a field, NaN: refused."
     errors = []
     for some in fields.values():
-        for counts, setup in zip(some.batch.counts[:, 0].numpy(), some.batch.setups):
+        for i, setup in enumerate(some.batch.setups):
             try:
-                found, stated = estimate_noise(counts), noise_of(setup.camera)
+                found, stated = estimate_noise(some.batch.counts[i, 0].numpy()), noise_of(setup.camera)
             except NoiseError:
+                errors.append(float("nan"))
                 continue
-            grey = np.linspace(*np.percentile(counts, (10, 99)), 8)
+            level = to_counts(some.batch.target[i, 0].numpy(), some, i)
+            grey = np.linspace(level.min(), np.percentile(level, 99.9), 8)
             errors.append(abs(found.predict_std(grey) / stated.predict_std(grey) - 1).max())
-    return float(np.max(errors)) if errors else float("nan")
+    return np.array(errors)
 
 
 def guard_restored(light: np.ndarray, fields: NoisyFields, snr: float = 2.0, each: int = 4, seed: int = 0, n: int = 5) -> Detection:
     "The guard on restored simulated fields: filaments of three resolution elements planted into what a method gave."
-    measured, batch = [], fields.batch
-    for i in range(min(n, len(batch))):
-        setup, (sigma, bend) = batch.setups[i], batch.condition[i, 1:, 0, 0].numpy()
-        low = bend / sigma                                                  # stabilised value of light 0
-        camera, stable = setup.camera, (low**2 + (2 * bend + 1) / sigma**2 * light[i]) / 4
-        electrons = stable - 0.375 - camera.read_noise**2 - 1 / 12 / camera.gain**2
-        measured.append((batch.counts[i, 0].numpy().astype(float), camera.offset_counts + camera.gain * electrons))
+    batch = fields.batch
+    measured = [(batch.counts[i, 0].numpy().astype(float), to_counts(light[i], fields, i)) for i in range(min(n, len(batch)))]
     optics = [setup.optics for setup in batch.setups]
     element_px = float(np.mean([o.fwhm_um / (o.fine_pixel_um * UPSAMPLING) for o in optics]))
     return measure_detection(measured, noise_of(batch.setups[0].camera), max(element_px, 2.0), snr=snr, each=each, seed=seed)
@@ -172,7 +178,7 @@ def _difference(record, name, claim, first, second, metric="psnr", **threshold) 
     return about | dict(measured=found.mean, ci95=(found.low, found.high), why=why)
 
 
-def figure_claims(noise_error: float | None, guard: Detection | None) -> list[dict]:
+def figure_claims(noise_errors: np.ndarray | None, guard: Detection | None) -> list[dict]:
     "Arguments of `fluogen.report.claims.judge`, from the records and from what was measured here."
     ours, ever = ("direct", "ever"), lambda name: (name, "ever")
     made, claims, above = find_record("bench-denoise"), [], dict(at_least=0.0, interval_above=0, unit="dB")
@@ -194,8 +200,9 @@ def figure_claims(noise_error: float | None, guard: Detection | None) -> list[di
         claims.append({key: value for key, value in beside.items() if key != "ci95"})
     absent = "measured on simulated fields"
     claims.append(dict(id="noise_estimate", claim="noise of one image estimated: largest error of its standard deviation",
-                       source="issue: denoising", measured=noise_error, at_most=0.05,
-                       why="largest over fields, exposures and grey levels" if noise_error is not None else absent))
+                       source="issue: denoising", measured=None if noise_errors is None else float(np.nanmax(noise_errors)), at_most=0.05,
+                       why=absent if noise_errors is None else
+                       f"largest over all grey levels of {len(noise_errors)} fields; within 5 % on {np.sum(noise_errors <= 0.05)} of them"))
     for kind in ("added", "removed"):
         claims.append(dict(id=f"guard_{kind}", claim=f"filaments of three resolution elements {kind} and found, signal-to-noise 2",
                            source="issue: denoising", measured=guard and getattr(guard, kind), at_least=0.9,
