@@ -126,27 +126,31 @@ def _draw_sampling(page, seen, span):
     page.picture(seen.made, 6.5, 3.0, 1.0, "out", seen.prompt, (0, 1), f"after {len(seen.chain)} passes")
 
 # %% ../../nbs/lib/report/67_schematic.ipynb #f0ab952f
-def draw_control(seen, inputs: dict, made, made_prompt: str, profile: str = "paper"):
+def draw_control(seen, others: dict, made, made_prompt: str, profile: str = "paper"):
     "Inputs above, branch and backbone between, outputs below, from `fluogen.tasks.live.trace_control`."
     with picture_style():
         page = Page(7.0, 6.3)
-        _draw_inputs(page, seen, inputs, made_prompt)
+        _draw_inputs(page, seen, others, made_prompt)
         _draw_branch(page, seen)
-        _draw_outputs(page, seen, made, made_prompt)
+        _draw_outputs(page, seen, others, made, made_prompt)
         mark_profile(page.figure, profile)
     return page.figure
 
 
-def _draw_inputs(page, seen, inputs, made_prompt):
+def _draw_inputs(page, seen, others, made_prompt):
     page.box(0.15, 0.15, 6.7, 1.5)
     page.picture(seen.condition, 0.35, 0.4, 1.05, "low resolution", seen.prompt, (0, 1), seen.prompt)
-    page.picture(inputs["noisy"], 2.05, 0.4, 1.05, "noisy", "Zebrafish", (0, 1), "Zebrafish embryos")
-    colours = np.where(inputs["mask"] > 0, 0.3 + 0.7 * (inputs["mask"] * 0.618 % 1), 0)
+    page.picture(others["noisy"], 2.05, 0.4, 1.05, "noisy", "Zebrafish", _light_range(others), "Zebrafish embryos")
+    colours = np.where(others["mask"] > 0, 0.3 + 0.7 * (others["mask"] * 0.618 % 1), 0)
     page.picture(colours, 3.75, 0.4, 1.05, "instance mask", "red-hot", (0, 1),
-                 f"{len(np.unique(inputs['mask'])) - 1} cells")
+                 f"{len(np.unique(others['mask'])) - 1} cells")
     page.box(5.45, 0.4, 1.05, 1.05, "white")
     page.text(5.97, 0.92, made_prompt.replace(" of ", "\nof "), 9)
     page.text(5.97, 0.33, "text", 7)
+
+
+def _light_range(others):
+    return tuple(np.percentile(others["denoised"], (0, 99.9)))
 
 
 def _draw_branch(page, seen):
@@ -169,12 +173,13 @@ def _draw_branch(page, seen):
     page.arrow((0.9, 4.3), (0.9, 4.66))
 
 
-def _draw_outputs(page, seen, made, made_prompt):
+def _draw_outputs(page, seen, others, made, made_prompt):
     page.box(0.15, 4.7, 6.7, 1.5)
     page.picture(seen.restored, 0.35, 4.95, 1.05, "super-resolution", seen.prompt, (0, 1),
                  f"{seen.gain_db:+.1f} dB over bicubic")
-    for x, title in ((2.05, "denoising"), (3.75, "mask to image")):
-        page.box(x, 4.95, 1.05, 1.05, "0.93", "0.7")
-        page.text(x + 0.52, 4.88, title, 7)
-        page.text(x + 0.52, 5.47, "a branch of its own,\nnot in this figure", 6, color="0.35")
+    page.picture(others["denoised"], 2.05, 4.95, 1.05, "denoising", "Zebrafish", _light_range(others),
+                 f"{others['gain_db']:+.1f} dB, direct: no branch")
+    page.box(3.75, 4.95, 1.05, 1.05, "0.93", "0.7")
+    page.text(4.27, 4.88, "mask to image", 7)
+    page.text(4.27, 5.47, "a branch tuned on\nyour own masks", 6, color="0.35")
     page.picture(made, 5.45, 4.95, 1.05, "picture of a class", made_prompt, (0, 1), "no branch needed")
