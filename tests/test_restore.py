@@ -237,6 +237,13 @@ def test_what_cannot_be_restored_is_one_line(direct, image, settings, says):
     assert "\n" not in str(caught.value)
 
 
+def test_a_plain_plane_and_the_name_of_weights_will_do(direct, tmp_path):
+    image, toy = make_image(20, 22), str(save_toy(tmp_path / "toy"))
+    assert np.array_equal(restore_image(image.array, toy, MEAN).array, restore_image(image, load_weights(toy), MEAN).array)
+    with pytest.raises(RestoreError, match='without names of its axes.*Image.array, "TYX".'):
+        restore_image(np.zeros((3, 20, 22)), direct, MEAN)
+
+
 def test_a_mask_is_no_image(direct):
     with pytest.raises(RestoreError, match="a mask of two values"):
         restore_image(Image(make_image(20, 22).array > 400, "YX"), direct, MEAN)

@@ -54,18 +54,22 @@ def _longest_first(rule: dict, fits: Callable) -> Callable:
 
 
 def take_constant(rule: dict) -> Callable:
+    "The same value for every file."
     return lambda facts, root: {rule["name"]: rule["value"]}
 
 
 def take_suffix(rule: dict) -> Callable:
+    "The value of the longest of the rule's marks that the file's stem ends in."
     return _longest_first(rule, lambda facts, mark: facts["stem"].endswith(mark))
 
 
 def take_substring(rule: dict) -> Callable:
+    "The value of the longest of the rule's marks that is in the file's name."
     return _longest_first(rule, lambda facts, mark: mark in facts["name"])
 
 
 def take_folder(rule: dict) -> Callable:
+    "The value of the nearest folder that the rule names, or of the one at a level."
     def take(facts, root):
         folders = list(reversed(Path(facts["path"]).parts[:-1]))
         if "level" in rule:
@@ -79,6 +83,7 @@ def take_folder(rule: dict) -> Callable:
 
 # %% ../../nbs/lib/data/23_rules.ipynb #9fc88178
 def take_regex(rule: dict) -> Callable:
+    "The groups of a regular expression that the path matches."
     pattern = re.compile(rule["pattern"])
 
     def take(facts, root):
@@ -95,6 +100,7 @@ def take_regex(rule: dict) -> Callable:
 
 # %% ../../nbs/lib/data/23_rules.ipynb #2a0c1497
 def take_csv(rule: dict) -> Callable:
+    "Columns of the row of a table that belongs to the file."
     tables = {}                                         # root -> {joined columns: row}
 
     def take(facts, root):
@@ -137,6 +143,7 @@ def _read_table(path: Path, columns: list[str]) -> dict:
 
 # %% ../../nbs/lib/data/23_rules.ipynb #4cbc0759
 def pair_folder(rule: dict) -> Callable:
+    "The partner in a folder of another name."
     def find(facts, root):
         parts = [rule["replace"].get(part, part) for part in Path(facts["parent"]).parts]
         name = facts["name"]
@@ -148,6 +155,7 @@ def pair_folder(rule: dict) -> Callable:
 
 
 def pair_stem(rule: dict) -> Callable:
+    "The partners whose stems are the same once the rule's marks are taken away."
     indices = {}                                        # root -> {bare stem: paths}
 
     def bare(stem):
@@ -163,6 +171,7 @@ def pair_stem(rule: dict) -> Callable:
 
 
 def pair_path(rule: dict) -> Callable:
+    "The partner at a path built from what is known of the file."
     def find(facts, root):
         paths = (fill_template(path, facts.get) for path in as_list(rule["paths"]))
         return [path for path in paths if path and (Path(root) / path).exists()][:1]    # the first that is there

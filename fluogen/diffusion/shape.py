@@ -64,6 +64,7 @@ class JsonConfig:
 
 # %% ../../nbs/lib/diffusion/28_shape.ipynb #e020decd
 def list_backbone_rules(c):                     # yields (is it wrong?, field, what is right)
+    "What a shape must fulfil, rule by rule."
     levels = range(len(c.channels))
     ups = c.up_attention_levels or ()
     wide = {n for i, n in enumerate(c.channels) if i in c.attention_levels or i in ups}

@@ -27,7 +27,7 @@ from ..data.stabilise import STABLE, show_noisy
 from ..diffusion.direct import restore_direct
 from ..diffusion.sampler import SAMPLERS, NoiseField
 from ..diffusion.schedule import GRIDS
-from ..diffusion.zoo import Weights
+from ..diffusion.zoo import Weights, load_weights
 from .memory import TileSide, check_memory, picture_bytes, tile_bytes
 from .settings import RestoreError, RestoreSettings, check_weights, load_for_task
 from .tiling import pad_reflect, run_tiled
@@ -247,11 +247,17 @@ def restore_layers(
 
 
 def restore_image(
-    image: Image,
-    weights: Weights,
+    image: Image | np.ndarray,          # an array must be one plane (Y,X)
+    weights: Weights | str,             # loaded, or their name
     settings: RestoreSettings = RestoreSettings(),
     callback=None,                      # called as callback(done, total) over all planes
     memory_gb: float | None = None,     # refuse above this, in 2³⁰ bytes; None: what is free
 ) -> Image:         # float32, pixel size divided by the scale, metadata["fluogen"] says how it was computed
     "Restore every plane of an image. Raises `RestoreError` or `MemoryLimitError`."
+    if not isinstance(image, Image):
+        if np.ndim(image) != 2:
+            raise RestoreError("an array without names of its axes", where="image", found=f"shape {np.shape(image)}", expected="(Y, X)",
+                               hint='Say what they are, e.g. Image(array, "TYX").')
+        image = Image(np.asarray(image), "YX")
+    weights = load_weights(weights) if isinstance(weights, str) else weights
     return restore_layers(image, weights, settings, callback, memory_gb)[0]
