@@ -93,8 +93,9 @@ class Report:
         pixel = lambda pair: pair.record.pixel_um or (pair.target.pixel_um or {}).get("X") or "not stated"
         paired = sum(bool(record.conditioning_image) for record in self.records)
         rest = f", {len(self.records) - len(both)} others" * (len(self.records) > len(both))
-        lines = [f"images      {len(both)} pair{'s' * (len(both) > 1)}{rest}" if both else
-                 f"images      {paired} pairs, of which none can be read" if paired else f"images      {len(self.pairs)} single images, no pairs",
+        images = (f"{len(both)} pair{'s' * (len(both) > 1)}{rest}" if both else
+                  f"{paired} pairs, of which none can be read" if paired else f"{len(self.pairs)} single images, no pairs")
+        lines = [f"images      {images}",
                  f"groups      {len({record.group for record in self.records})}",
                  f"splits      {say(record.split or 'none' for record in self.records)}"]
         for title, facts in (("input", [pair.condition for pair in both]), ("target", [pair.target for pair in self.pairs])):

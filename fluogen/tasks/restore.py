@@ -191,7 +191,7 @@ def show_plane(plane: np.ndarray, norm: str, settings: RestoreSettings) -> tuple
 
 def _restore_plane(plane, weights, settings, path, callback, side, restore) -> np.ndarray:
     if plane.size and plane.min() == plane.max():
-        warnings.warn(f"{path}: a constant plane, kept as it is", stacklevel=4)
+        warnings.warn(f"{path or 'image'}: a constant plane, kept as it is", stacklevel=4)
         return np.full([n * weights.config["scale"] for n in plane.shape], plane.flat[0], np.float32)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -202,7 +202,7 @@ def _restore_plane(plane, weights, settings, path, callback, side, restore) -> n
     except (NoiseError, LabelError) as error:
         raise RestoreError(error.what, path, error.found, error.expected, error.hint) from None
     for warning in caught:
-        warnings.warn(f"{path}: {warning.message}", warning.category, stacklevel=4)
+        warnings.warn(f"{path or 'image'}: {warning.message}", warning.category, stacklevel=4)
     restored = restore(torch.from_numpy(unit), weights, settings, hash_array(plane), callback, side).numpy()
     return back(restored) if settings.intensity == "flux" else restored
 
