@@ -64,10 +64,10 @@ def _ahead(record, first: tuple, second: tuple) -> dict:
 
 
 def best_tuning(record: dict) -> str | None:
-    "The way of tuning with the highest mean over 2 to 30 pairs, among those measured everywhere."
+    "The way of tuning with the highest mean over 2 to 30 pairs; None unless two or more were measured at each of those numbers."
     found = curves(record)
     means = {m: np.mean([found[m][n].mean() for n in FEW]) for m in ("fluogen", *TUNINGS) if set(FEW) <= set(found.get(m, ()))}
-    return max(means, key=means.get) if means else None
+    return max(means, key=means.get) if len(means) > 1 else None
 
 
 def figure_claims(record: dict | None) -> list[dict]:
