@@ -141,7 +141,7 @@ def to_counts(light: np.ndarray, fields: NoisyFields, i: int) -> np.ndarray:
 
 
 def measure_noise_error(fields: dict) -> np.ndarray:
-    "Largest relative error of the noise estimated from one field, over its grey levels up to the 99.9th percentile; one a field, NaN: refused."
+    "Largest relative error of the noise estimated from a field, over its grey levels up to the 99.9th percentile; NaN: refused."
     errors = []
     for some in fields.values():
         for i, setup in enumerate(some.batch.setups):
