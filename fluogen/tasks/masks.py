@@ -18,6 +18,7 @@ from ..core import choose_device, make_generator, to_model
 from ..data.intensity import scale_to_unit
 from ..data.io import read_image
 from ..data.labels import LABEL_NORMS, show_labels
+from ..data.registry import load_dataset
 from ..diffusion.control import ControlConfig
 from ..diffusion.zoo import load_weights, save_weights
 from .bench30 import BENCH_CONFIG
@@ -178,7 +179,7 @@ def adapt_masks(
     pairs, notes = gather_tiles(source, lambda record: read_mask_pair(record, norm))
     for note in notes:
         say(note)
-    training, held = split_pairs(pairs, seed)
+    training, held = split_pairs(pairs, seed, {record.group for record in load_dataset(source) if record.split == "val"})
     config = config or replace(MASK_CONFIG, seed=seed, minutes=minutes)
     say(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} set aside; "
         f"at most {estimate_minutes(fitter, training, config):.1f} minutes")
