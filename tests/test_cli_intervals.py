@@ -1,6 +1,7 @@
 "fluogen calibrate and fluogen restore --interval: one line for a mistake, no map without a calibration."
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_calibrate_hands_task_and_camera_on(run, model, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(settings, "load_for_task", lambda task, *more, load=settings.load_for_task: asked.append(task) or load("sr", *more))
     monkeypatch.setattr(certified, "calibrate_source", lambda source, weights, settings, *more, calibrate=certified.calibrate_source, **rest:
-                        asked.append(settings.camera) or calibrate(source, weights, settings, *more, **rest))
+                        asked.append(settings.camera) or calibrate(source, weights, replace(settings, camera=None), *more, **rest))
     code, out, err = run("calibrate", write_pairs(tmp_path, range(24)), "--model", model, "--alpha", "0.2", "--device", "cpu", "--out",
                          tmp_path / "c.json", "--task", "denoise", "--camera", "2.2,100,1.6")
     assert code == 0 and asked == ["denoise", (2.2, 100.0, 1.6)]
