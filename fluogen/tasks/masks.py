@@ -18,12 +18,11 @@ from ..core import choose_device, make_generator, to_model
 from ..data.intensity import scale_to_unit
 from ..data.io import read_image
 from ..data.labels import LABEL_NORMS, show_labels
-from ..data.registry import load_dataset
 from ..diffusion.control import ControlConfig
 from ..diffusion.zoo import load_weights, save_weights
 from .bench30 import BENCH_CONFIG
 from .finetune import ControlFitter, FitConfig, Pairs
-from .own_pairs import OwnPairsError, estimate_minutes, fit_again, gather_tiles, place_weights, split_pairs
+from .own_pairs import OwnPairsError, fit_again, gather_tiles, place_weights, set_aside
 from .recipes import module_configs
 
 # %% ../../nbs/lib/tasks/51_masks.ipynb #d17ec0c5
@@ -177,12 +176,8 @@ def adapt_masks(
         raise OwnPairsError("weights of another task", where=base, found=weights.config.get("task"), expected="generate or mask2image")
     fitter = MaskFitter(weights, norm)
     pairs, notes = gather_tiles(source, lambda record: read_mask_pair(record, norm))
-    for note in notes:
-        say(note)
-    training, held = split_pairs(pairs, seed, {record.group for record in load_dataset(source) if record.split == "val"})
     config = config or replace(MASK_CONFIG, seed=seed, minutes=minutes)
-    say(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} set aside; "
-        f"at most {estimate_minutes(fitter, training, config):.1f} minutes")
+    training, held = set_aside(source, pairs, notes, fitter, config, seed, say)
     place = next(fitter.modules.parameters()).device
     held = Pairs(held.target.to(place), held.condition.to(place), held.prompts, held.groups)
     before = fitter.judge(fitter.modules, held)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TUNING', 'TILE_PX', 'MAX_VALIDATION', 'PROFILES', 'OwnPairsError', 'read_pair', 'cut_pair', 'read_pairs',
            'gather_tiles', 'split_pairs', 'Adapted', 'place_weights', 'set_profile', 'fit_again', 'estimate_minutes',
-           'find_alarm', 'adapt', 'keep_adapted']
+           'set_aside', 'find_alarm', 'adapt', 'keep_adapted']
 
 # %% ../../nbs/lib/tasks/47_own_pairs.ipynb #ca335e47
 import json
@@ -183,6 +183,16 @@ def estimate_minutes(fitter, pairs: Pairs, config: FitConfig) -> float:
     return config.steps * pace(fitter, pairs, config, repeats=2) / 60
 
 
+def set_aside(source, pairs: Pairs, notes: list[str], fitter, config: FitConfig, seed: int, say) -> tuple[Pairs, Pairs]:
+    "Training and validation tiles; tells what was left out, how much is set aside, and the minutes that it may take."
+    for note in notes:
+        say(note)
+    training, held = split_pairs(pairs, seed, {record.group for record in load_dataset(source) if record.split == "val"})
+    say(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} set aside; "
+        f"at most {estimate_minutes(fitter, training, config):.1f} minutes")
+    return training, held
+
+
 def find_alarm(before: float, after: float, values: list[float]) -> str:
     "One line when tuning did not help, or went on to harm after its best."
     if after < before + 0.005:                         # what the numbers show as nothing
@@ -221,11 +231,7 @@ def adapt(
     base = base or weights.name
     fitter = restrict(ControlFitter(weights) if samples else DirectFitter(weights, weights.direct), free)
     pairs, notes = read_pairs(source, weights.config["scale"], weights.config["norm"])
-    for note in notes:
-        say(note)
-    training, held = split_pairs(pairs, seed, {record.group for record in load_dataset(source) if record.split == "val"})
-    say(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} set aside; "
-        f"at most {estimate_minutes(fitter, training, config):.1f} minutes")
+    training, held = set_aside(source, pairs, notes, fitter, config, seed, say)
     place = next(fitter.modules.parameters()).device
     held_there = Pairs(held.target.to(place), held.condition.to(place), held.prompts, held.groups)
     plain = noisy_light(held.condition) if weights.config["norm"] == STABLE else upsample(held.condition, held.scale).clamp(0, 1)
