@@ -60,8 +60,8 @@ class Calibration:
                                    expected=", ".join(FACTS))
         for name, value in facts.items():
             if own.get(name) != value:
-                raise CalibrationError(f"calibrated for another {name}", where="calibration", found=value,
-                                       expected=own.get(name), hint="Calibrate this combination: fluogen calibrate.")
+                raise CalibrationError(f"calibrated for another {name}", where="calibration", found=value if value != "" else "none",
+                                       expected=own.get(name) if own.get(name) != "" else "none", hint="Calibrate this combination: fluogen calibrate.")
 
     def __str__(self):
         what = f"{self.alpha:.0%} of the pixels are missed"

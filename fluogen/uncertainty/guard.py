@@ -17,7 +17,7 @@ from .certificate import Calibration
 from .families import CalibrationError
 
 # %% ../../nbs/lib/uncertainty/50_guard.ipynb #9862d299
-FEATURES = ("level", "contrast", "noise", "octave 1", "octave 2", "octave 3", "octave 4", "filling", "skew", "gain")
+FEATURES = ("level", "contrast", "noise", "coarsest detail", "coarse detail", "fine detail", "finest detail", "filling", "skew", "gain")
 TINY = 1e-9         # what the logarithm of nothing is taken of
 
 
