@@ -119,3 +119,10 @@ def test_the_curve_is_read():
     assert "32 pairs of 128 x 128 in place of 8 gained +1.0 dB" in bench_pairs.expect_gain({"rows": rows}, 7)
     assert "the curve ends at 32" in bench_pairs.expect_gain({"rows": rows}, 400)
     assert bench_pairs.find_crossing({"rows": rows}, "care", "fluogen") is None
+
+
+def test_a_curve_holds_only_what_every_laboratory_was_fitted_at():
+    from fluogen.tasks import fig5b
+    rows = [{"method": m, "seed": s, "pairs": n, "ever": [20.0 + s + n]} for m, n, s in (("fluogen", 2, 0), ("fluogen", 2, 1), ("fluogen", 5, 0), ("norms", 2, 0))]
+    assert {m: list(c) for m, c in fig5b.curves({"rows": rows}).items()} == {"fluogen": [2]}
+    assert fig5b.best_tuning({"rows": rows}) is None and fig5b.curves({"rows": []}) == {}

@@ -26,9 +26,11 @@ def usable_methods(methods=METHODS) -> list[str]:
 
 
 def curves(record: dict) -> dict[str, dict]:
-    "method -> curve, those that the record holds."
+    "method -> curve, at the numbers of pairs with every laboratory of the record: means over fewer do not compare."
     found = {method: curve_of(record, method) for method in METHODS}
-    return {method: curve for method, curve in found.items() if curve}
+    most = max((len(values) for curve in found.values() for values in curve.values()), default=0)
+    whole = {method: {n: values for n, values in curve.items() if len(values) == most} for method, curve in found.items()}
+    return {method: curve for method, curve in whole.items() if curve}
 
 
 def summarise(record: dict) -> list[dict]:
