@@ -25,14 +25,17 @@ def _line(axis, curve: dict, method: str, zero: float):
 
 
 def draw_curves(record: dict, profile: str = "paper"):
-    "Two panels: FluoGen against networks from scratch, and the ways of tuning; dB over what ships, or PSNR where that is not there."
+    "FluoGen against networks from scratch; beside it the ways of tuning, where there are several. dB over what ships, or PSNR without it."
     import matplotlib.pyplot as plt
     found = curves(record)
     zero = found["untuned"][0] if "untuned" in found else 0.0
     with picture_style():
-        figure, axes = plt.subplots(1, 2, figsize=(6.6, 2.7), layout="constrained")
-        for axis, methods, title in ((axes[0], ("fluogen", "scratch", "care"), "Who needs how many?"),
-                                     (axes[1], ("fluogen", *TUNINGS), "What should be free?")):
+        panels = [(("fluogen", "scratch", "care"), "Who needs how many?")]
+        if set(TUNINGS) & set(found):
+            panels.append((("fluogen", *TUNINGS), "What should be free?"))
+        figure, axes = plt.subplots(1, len(panels), figsize=((4.3, 6.6)[len(panels) - 1], 2.7), layout="constrained", squeeze=False)
+        axes = axes[0]
+        for axis, (methods, title) in zip(axes, panels):
             for method in [m for m in methods if m in found]:
                 curve = found[method] if axis is axes[0] else {n: v for n, v in found[method].items() if n in FEW}
                 same = "untuned" in found and all(len(v) == len(zero) for v in curve.values())
@@ -40,7 +43,7 @@ def draw_curves(record: dict, profile: str = "paper"):
             if "untuned" in found:
                 axis.axhline(0, color=COLOURS["fluogen"], linestyle=":", linewidth=1)
             axis.set_xscale("log")
-            axis.set_xticks(COUNTS, COUNTS)
+            axis.set_xticks(counts := COUNTS if axis is axes[0] else FEW, counts)
             axis.minorticks_off()
             axis.set_xlabel("pairs of 128 x 128")
             axis.set_title(title)
