@@ -60,8 +60,9 @@ class Calibration:
                                    expected=", ".join(FACTS))
         for name, value in facts.items():
             if own.get(name) != value:
-                raise CalibrationError(f"calibrated for another {name}", where="calibration", found=value if value != "" else "none",
-                                       expected=own.get(name) if own.get(name) != "" else "none", hint="Calibrate this combination: fluogen calibrate.")
+                found, expected = ("none" if one == "" else one for one in (value, own.get(name)))
+                raise CalibrationError(f"calibrated for another {name}", where="calibration", found=found, expected=expected,
+                                       hint="Calibrate this combination: fluogen calibrate.")
 
     def __str__(self):
         what = f"{self.alpha:.0%} of the pixels are missed"
