@@ -71,6 +71,14 @@ def test_an_input_out_of_range_is_flagged(run, model, calibration, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.lower.not-covered.tif", "out.tif", "out.upper.not-covered.tif"]
 
 
+def test_pixels_that_are_no_numbers_name_their_file(run, model, calibration, tmp_path):
+    image = draw_pair(0)[0].astype(np.float32)
+    image[3, 4] = np.nan
+    write_image(tmp_path / "nan.tif", image)
+    code, out, err = run("restore", tmp_path / "nan.tif", tmp_path / "out.tif", "--model", model, "--device", "cpu", "--calibration", calibration)
+    assert code == 2 and "nan.tif: intensities that are no numbers (found 1 of" in err[-1] and not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize(("options", "says"), [
     ([], "no calibration, so no interval. Make one on your own pairs: fluogen calibrate MANIFEST"),
     (["--prompt", "ER of COS-7"], "calibrated for another prompt"), (["--calibration", "absent.json"], "absent.json: no calibration")])

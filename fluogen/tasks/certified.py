@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, hash_array
+from ..data.intensity import check_numbers
 from ..data.io import Image, read_image
 from ..data.registry import load_dataset
 from ..data.stabilise import STABLE
@@ -92,8 +93,9 @@ class Certified:
         self.calibration = load_calibration(path, **system_facts(weights, settings, heads, self.family))
 
     def judge(self, image: Image) -> list:
-        "The planes whose promise is void, in words; empty for an image that is covered. Raises `CalibrationError`."
+        "The planes whose promise is void, in words; empty for an image that is covered. Raises `CalibrationError`, `ImageReadError`."
         planes, _ = list_planes(image, self.settings)
+        check_numbers(planes, image.path)
         flat = planes.reshape(-1, *planes.shape[-2:])
         if not self.calibration.inputs:
             return ["not covered: calibrated on fewer than 20 images, whose range is not known"]
