@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'WAYS', 'BLOCK', 'SHARE', 'GradingError', 'draw_block', 'draw_way', 'block_prompts', 'held_out_scenes',
-           'training_scenes', 'grade_set', 'disguise', 'grade_copies', 'grade_prior', 'encoder_accuracy',
-           'round_numbers']
+           'trained_rounds', 'training_scenes', 'grade_set', 'disguise', 'grade_copies', 'grade_prior',
+           'encoder_accuracy', 'round_numbers']
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #4bf79392
 import time
@@ -27,8 +27,9 @@ from ..metrics.pictures import (as_stack, average_over_labels, histogram_distanc
                                       spectrum_distance, wasserstein_distance)
 from .encoder import Encoder, default_encoder, embed
 from .generate import GenerateSettings, generate
+from .prior import prior_rounds
 from .records import keep_record
-from .scenes import PAPER_PROMPTS, Rounds
+from .scenes import PAPER_PROMPTS
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #3fd6658e
 class GradingError(FluogenError):
@@ -85,11 +86,15 @@ def held_out_scenes(per_prompt: int, seed: int = 0) -> tuple[np.ndarray, list[st
     return (images * exposure[:, None, None]).astype(np.float32), scenes.prompts
 
 
+def trained_rounds(weights):
+    "The rounds that a prior was trained on, drawn again from the seed in its recipe."
+    found = weights.config["card"]["recipe"].split("--seed ")[1:]
+    return prior_rounds(int(found[0].split()[0]) if found else 0)
+
+
 def training_scenes(weights, most: int | None = None) -> np.ndarray:
-    "The scenes that a prior was trained on, drawn again from the seed in its recipe and shrunk for `find_nearest`; `most` rounds."
-    steps = weights.config["card"]["training"]["steps"]
-    found = [part for part in weights.config["card"]["recipe"].split("--seed ")[1:]]
-    rounds = Rounds(simulate_targets, int(found[0].split()[0]) if found else 0)
+    "The scenes that a prior was trained on, shrunk for `find_nearest`; `most` rounds."
+    rounds, steps = trained_rounds(weights), weights.config["card"]["training"]["steps"]
     count = -(-steps // rounds.steps)
     parts = [part for number in range(min(count, most or count)) for part in rounds.at(number * rounds.steps)]
     return np.concatenate([shrink_pictures(part.target) for part in parts])
@@ -172,7 +177,7 @@ def grade_prior(
                 second in
                 (("ten passes / DDPM 20", "ten passes", "DDPM 20"), ("guidance 2 / ten passes", "guidance 2",
                                                                      "ten passes"))}
-    first_round = Rounds(simulate_targets, 0).at(0)[0]
+    first_round = trained_rounds(weights).at(0)[0]
     planted = (first_round.target[:32, 0].numpy(), first_round.prompts[:32])
     copies = grade_copies(*sets["ten passes"], np.concatenate([real, other]), real_prompts + other_prompts,
                           training_scenes(weights, rounds), planted)
