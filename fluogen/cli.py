@@ -195,7 +195,7 @@ def run_train(args) -> int:
 def run_check(args) -> int:
     "Report on a data set; exit code 1 when something must be mended."
     from fluogen.data.check import check_data
-    from fluogen.data.manifest import write_manifest
+    from fluogen.data.manifest import stamp_sha256, write_manifest
     from fluogen.data.mend import mend_shifts, next_step
     source = Path(args.input)
     report = check_data(args.input, lambda done, of, show=Progress(1): show(source, done, of))
@@ -206,7 +206,7 @@ def run_check(args) -> int:
         _say(f"contact sheet: {save_picture(draw_sheet(report), args.sheet, max_kb=2000)}")
     manifest = None if source.is_dir() and not (source / "manifest.jsonl").is_file() else args.input
     if args.manifest:
-        manifest = write_manifest(args.manifest, report.records)
+        manifest = write_manifest(args.manifest, map(stamp_sha256, report.records))
     if args.mend:
         manifest, left_out = mend_shifts(report, args.mend)
         _say(f"{manifest}: aligned copies" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
