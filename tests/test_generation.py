@@ -44,6 +44,40 @@ def test_kernel_distance_has_no_bias():
     assert np.mean([frechet_distance(*DICE.standard_normal((2, 20, 4))) for _ in range(50)]) > 0.3    # unlike this one
 
 
+KINDS = np.repeat(np.arange(8), 3)
+
+
+def draw_kinds(shift=0.0):
+    return 2 * np.eye(8)[KINDS] + 0.3 * DICE.standard_normal((24, 8)) + shift
+
+
+def test_a_set_of_so_many_of_each_kind_has_no_bias_either():
+    "Without the labels, few pictures of each kind look nearer to the real ones than they are."
+    pairs = [(draw_kinds(), draw_kinds()) for _ in range(100)]
+    told = [kernel_distance(a, b, KINDS, KINDS) for a, b in pairs]
+    plain = [kernel_distance(a, b) for a, b in pairs]
+    assert abs(np.mean(told)) < 3 * np.std(told) / 10 and np.mean(plain) < -10 * np.std(plain) / 10
+    real, near, far = draw_kinds(), draw_kinds(0.3), draw_kinds(0.6)
+    ratio = compare_kernel_distances(real, near, far, (KINDS,) * 3, n_boot=20)
+    assert ratio.first == pytest.approx(kernel_distance(real, near, KINDS, KINDS)) and ratio.ratio < 1
+
+
+def test_labels_leave_pairs_of_different_kinds_alone():
+    one, two = draw_kinds(), draw_kinds(0.5)
+    k = lambda x, y: (x @ y / 8 + 1) ** 3
+    within = lambda rows: np.mean([np.mean([k(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows)
+                                            if KINDS[i] == a and KINDS[j] == b and i != j]) for a in range(8) for b in range(8)])
+    expected = within(one) + within(two) - 2 * np.mean([k(x, y) for x in one for y in two])
+    assert kernel_distance(one, two, KINDS, KINDS) == pytest.approx(expected)
+
+
+def test_a_label_needs_two_pictures():
+    with pytest.raises(MetricError, match="real_labels: .*two pictures of a label.*1 of er"):
+        kernel_distance(REAL[:5], OTHER, ["er", "rods", "rods", "nuclei", "nuclei"])
+    with pytest.raises(MetricError, match="one label a picture"):
+        kernel_distance(REAL, OTHER, labels=["er"])
+
+
 def test_distances_grow_with_the_fault():
     steps = [0.1, 0.3, 0.9]
     for distance in (frechet_distance, kernel_distance):

@@ -32,6 +32,7 @@ def scenes():
 def test_held_out_scenes_graded_as_if_generated(scenes):
     (real, words), (other, others) = scenes
     grade = grade_set(other, others, real, words, load_encoder())
+    assert abs(grade["kernel"]) < 0.03                  # eight of each prompt; unless it is told so: about -0.09
     assert grade["fidelity"] > 0.85 and grade["precision"] > 0.7 and grade["recall"] > 0.7 and 0.85 < grade["diversity"] < 1.15
     shuffled = grade_set(other, list(np.random.default_rng(0).permutation(others)), real, words, load_encoder())
     assert shuffled["fidelity"] < 0.35 and shuffled["brightness"] > grade["brightness"]

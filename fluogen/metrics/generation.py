@@ -60,18 +60,41 @@ def _kernel(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     return (one @ two.T / one.shape[1] + 1) ** 3
 
 
+def _blocks(kernel: np.ndarray, labels, name: str) -> list:
+    "(rows, kernel among them) of each label; one block without labels."
+    labels = np.zeros(len(kernel)) if labels is None else np.asarray(labels)
+    if labels.shape != (len(kernel),):
+        raise MetricError("one label a picture", where=name, found=labels.shape, expected=f"({len(kernel)},)")
+    values, which, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if counts.min() < 2:
+        raise MetricError("a kernel distance needs two pictures of a label", where=name, found=f"1 of {values[counts.argmin()]}")
+    rows = [np.flatnonzero(which == i) for i in range(len(values))]
+    return [(r, kernel if len(r) == len(kernel) else kernel[np.ix_(r, r)]) for r in rows]
+
+
+def _among(kernel: np.ndarray, weights: np.ndarray, blocks: list) -> float:
+    "Mean kernel of two pictures of a set, none with itself; label by label, so that each label keeps its share."
+    total = weights @ kernel @ weights
+    for rows, block in blocks:
+        w, share = weights[rows], weights[rows].sum()
+        both, own = w @ block @ w, w**2 @ np.diag(block)
+        total += share**2 * (both - own) / (share**2 - (w**2).sum()) - both
+    return float(total)
+
+
 def kernel_distance(
-    real,           # (N, D)
-    generated,      # (M, D)
-) -> float:         # 0 on average for sets of one distribution; may be negative
-    "Unbiased squared maximum mean discrepancy, cubic kernel. Source: Binkowski et al. 2018 (KID)."
+    real,               # (N, D)
+    generated,          # (M, D)
+    real_labels=None,   # N prompts, where the numbers of each were fixed and not drawn
+    labels=None,        # M prompts, likewise
+) -> float:             # 0 on average for sets of one distribution; may be negative
+    "Unbiased squared maximum mean discrepancy, cubic kernel. Source: Binkowski et al. 2018 (KID); strata are ours."
     one, two = as_two_sets(real, generated)
-    return _combine(_kernel(one, one), _kernel(two, two), _kernel(one, two))
-
-
-def _combine(k_one, k_two, k_both) -> float:
-    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (k_one, k_two)]
-    return float(within[0] + within[1] - 2 * k_both.mean())
+    even, among = (np.full(len(rows), 1 / len(rows)) for rows in (one, two)), []
+    for rows, weights, words, name in zip((one, two), even, (real_labels, labels), ("real_labels", "labels")):
+        kernel = _kernel(rows, rows)
+        among.append(_among(kernel, weights, _blocks(kernel, words, name)))
+    return float(sum(among) - 2 * _kernel(one, two).mean())
 
 # %% ../../nbs/lib/metrics/20_generation.ipynb #c52effd5
 @dataclass(frozen=True)
@@ -89,6 +112,7 @@ class KernelRatio:
 def compare_kernel_distances(
     real,                   # (N, D)
     first, second,          # (M, D) each: the generators A and B
+    labels=(None, None, None),      # prompts of the three sets, see `kernel_distance`
     n_boot: int = 500,
     seed: int = 0,
 ) -> KernelRatio:
@@ -98,14 +122,18 @@ def compare_kernel_distances(
     sets, rng = (one, two, three), make_rng(seed, "kernel ratio")
     within = [_kernel(rows, rows) for rows in sets]
     across = [_kernel(one, rows) for rows in sets[1:]]
+    blocks = [_blocks(*given) for given in zip(within, labels, ("real labels", "first labels", "second labels"))]
 
-    def weighted(k, w):                                     # unbiased: a picture is not compared with itself
-        return (w @ k @ w - w**2 @ np.diag(k)) / (1 - (w**2).sum())
+    def draw(n, parts):                                     # weights of a round; each label keeps its share
+        weights = np.empty(n)
+        for rows, _ in parts:
+            weights[rows] = rng.dirichlet(np.ones(len(rows))) * len(rows) / n
+        return weights
     rounds = []
     for number in range(n_boot + 1):
-        w = [np.full(len(r), 1 / len(r)) if not number else rng.dirichlet(np.ones(len(r))) for r in sets]
-        rounds.append([weighted(within[0], w[0]) + weighted(within[i], w[i]) - 2 * w[0] @ across[i - 1] @ w[i]
-                       for i in (1, 2)])
+        w = [np.full(len(r), 1 / len(r)) if not number else draw(len(r), parts) for r, parts in zip(sets, blocks)]
+        own = [_among(*given) for given in zip(within, w, blocks)]
+        rounds.append([own[0] + own[i] - 2 * w[0] @ across[i - 1] @ w[i] for i in (1, 2)])
     (a, b), rounds = rounds[0], np.array(rounds[1:])
     ratios = np.where(rounds[:, 1] > 0, rounds[:, 0] / rounds[:, 1], np.inf)
     span = lambda values, centre: (float(min(np.quantile(values, 0.025, method="lower"), centre)),

@@ -23,7 +23,8 @@ PUBLISHED = ("ER of COS-7", "F-actin of COS-7", "Microtubules of COS-7", "CCPs o
 CONVENTIONS = {"size": "128 x 128",
                "real": "simulated scenes of the test split, training microscopes, exposures of the training",
                "features": "32 numbers of encoder-nano, standardised over training scenes",
-               "frechet, kernel": "all prompts together",
+               "frechet": "all prompts together",
+               "kernel": "all prompts in equal parts, pairs of one prompt counted without bias",
                "spectrum": "decades of power, mean over prompts",
                "histogram, brightness": "Wasserstein distance, unit range, mean over prompts",
                "diversity": "mean feature distance of two pictures of a prompt, over that of scenes"}

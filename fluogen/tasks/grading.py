@@ -109,7 +109,7 @@ def grade_set(images, prompts: list, real, real_prompts: list, encoder: Encoder)
     brightness = lambda one, two: wasserstein_distance(measure_brightness(one)["mean"],
                                                        measure_brightness(two)["mean"])
     return {"n": len(images), "frechet": frechet_distance(truth, features),
-            "kernel": kernel_distance(truth, features),
+            "kernel": kernel_distance(truth, features, real_prompts, prompts),
             **precision_recall(truth, features), "fidelity": fidelity["share"],
             "fidelity_ci95": list(fidelity["ci95"]),
             "by_structure": fidelity["by_structure"], "confused": fidelity["confused"][:6],
@@ -172,14 +172,13 @@ def grade_prior(
         sets[way] = (images, block_prompts(len(images)))
     grades = {name: grade_set(*pair, real, real_prompts, encoder) for name, pair in sets.items()}
     features = {name: embed(encoder, images)[0] for name, (images, _) in sets.items()}
-    truth = embed(encoder, np.concatenate([real, other]))[0]
-    compared = {name: vars(compare_kernel_distances(truth, features[first], features[second])) for name, first,
-                second in
-                (("ten passes / DDPM 20", "ten passes", "DDPM 20"), ("guidance 2 / ten passes", "guidance 2",
-                                                                     "ten passes"))}
+    truth, words = embed(encoder, np.concatenate([real, other]))[0], real_prompts + other_prompts
+    compared = {f"{first} / {second}": vars(compare_kernel_distances(truth, features[first], features[second],
+                                                                     (words, sets[first][1], sets[second][1])))
+                for first, second in (("ten passes", "DDPM 20"), ("guidance 2", "ten passes"))}
     first_round = trained_rounds(weights).at(0)[0]
     planted = (first_round.target[:32, 0].numpy(), first_round.prompts[:32])
-    copies = grade_copies(*sets["ten passes"], np.concatenate([real, other]), real_prompts + other_prompts,
+    copies = grade_copies(*sets["ten passes"], np.concatenate([real, other]), words,
                           training_scenes(weights, rounds), planted)
     record = {"weights": weights.id, "encoder": getattr(encoder, "id", None),
               "classifier": encoder_accuracy(encoder), "per_prompt": per_prompt,
