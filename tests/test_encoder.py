@@ -5,6 +5,7 @@ import torch
 
 from fluogen.data.pairs import simulate_targets
 from fluogen.data.phantom import STRUCTURES
+from fluogen.diffusion.zoo import load_weights
 from fluogen.metrics.generation import frechet_distance, kernel_distance
 from fluogen.tasks import encoder as room
 from fluogen.tasks.encoder import Encoder, EncoderError, blur_picture, embed, encoder_batch, load_encoder, measure_statistics
@@ -71,7 +72,25 @@ def test_a_small_training_is_packed_and_goes_on(monkeypatch, tmp_path):
     card = (folder / "card.md").read_text()
     assert "accuracy on 704 scenes, held-out microscopes" in card and "--steps 2" in card
     room.train_encoder(tmp_path / "more", tmp_path / "work2", steps=1, crops=4, start=str(folder))
-    assert f"gone on from {first.id}" in (tmp_path / "more" / "card.md").read_text()
+    assert f"--start {first.id}" in (tmp_path / "more" / "card.md").read_text()
+
+
+def test_one_command_makes_both_legs_and_goes_on_after_the_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: Rounds(simulate, seed, n=16, steps=steps))
+    monkeypatch.setattr(room, "simulate_targets", lambda prompts, n, *rest, **more: simulate_targets(prompts, min(n, 16), *rest, **more))
+    monkeypatch.setattr(room, "LEGS", (2, 1))
+    run = lambda minutes: room.train_encoder(tmp_path / "out" / "two", tmp_path / "work", minutes, crops=4)
+    with pytest.raises(EncoderError, match="the first of two legs.*same command again"):
+        run(1e-9)
+    card = load_weights(str(run(5))).config["card"]
+    first = load_encoder(str(tmp_path / "work" / "first-0" / "two"))
+    assert card["recipe"] == "fluogen train encoder --seed 0" and card["training"]["steps"] == 1
+    assert card["training"]["after"] == f"2 steps of {first.id}"
+
+
+def test_the_shipped_card_says_how_it_was_made():
+    card = load_weights("encoder-nano").config["card"]
+    assert "fluogen train encoder" in card["recipe"] and ("two legs" in card["recipe"] or "after" in card["training"])
 
 
 @pytest.mark.parametrize("wrong, words", [(np.zeros((2, 32, 32)), "64 pixels or more"), (np.zeros((2, 3, 64, 64)), "stack of pictures"),
