@@ -20,6 +20,7 @@ from fluogen.report.run import PROFILES
 from fluogen.tasks import fig9, fig9_claims
 from fluogen.tasks.intervals import field_sets, load_heads
 from fluogen.tasks.settings import RestoreSettings
+from fluogen.uncertainty.calibration import calibrate_stream
 from fluogen.uncertainty.certificate import LEVELS
 from fluogen.uncertainty.families import CalibrationError
 from fluogen.uncertainty.guard import FEATURES, describe_image
@@ -48,6 +49,23 @@ def test_fields_are_held_out():
     assert list_overlaps(HELD_OUT, TRAIN) == [] and "na" not in list_overlaps(fig9.BLURRED, HELD_OUT)
     drifts = fig9.draw_drifts(4, 32)
     assert np.array_equal(drifts["gain x 2"], 2 * drifts["as calibrated"]) and not np.array_equal(drifts["blur x 1.5"], drifts["as calibrated"])
+
+
+def test_risk_by_signal_to_noise(direct):
+    made = fig9.draw_fields(12, 32)
+    ideal = [s.photons / np.sqrt(s.photons + s.background_photons + s.camera.read_noise**2) for s in made.setups]
+    dim = make_rng(0, "dim").poisson([[s.photons + s.background_photons for s in made.setups]] * 20_000)
+    seen = dim + make_rng(0, "read").standard_normal(dim.shape) * [s.camera.read_noise for s in made.setups]
+    assert np.allclose(fig9.signal_to_noise(made.setups), ideal) and np.allclose([s.photons for s in made.setups] / seen.std(0), ideal, rtol=0.02)
+    assert fig9.name_quarters([1, 2, 3, 4, 5]) == ["1.0 to 2.0"] * 2 + ["3.0 to 3.0", "4.0 to 4.0", "5.0 to 5.0"]
+    truth = [f.target for f in draw_fields(12)]
+    errors = np.where(np.argsort(np.argsort(ideal)) < 3, 0.9, 0.001)                     # the three dimmest are missed everywhere
+    sets = [(t - 0.01, t, t + 0.01, np.clip(t + e, 0, None)) for t, e in zip(truth, errors)]
+    calibration = calibrate_stream([(t - 0.01, t, t + 0.01, t + 0.001) for t in (f.target for f in draw_fields(30)[12:])], 0.3, 0.2)
+    fields = [SimpleNamespace(group=f"test {i}") for i in range(12)]
+    risks = fig9.risk_by_signal(calibration, sets, fields, made.setups)
+    assert list(risks) == sorted(risks, key=lambda name: float(name.split()[0])) and [one.n_fields for one in risks.values()] == [3] * 4
+    assert [one.mean > 0.3 for one in risks.values()] == [True, False, False, False]
 
 
 def test_ways_and_their_price(direct):
@@ -150,8 +168,8 @@ def test_panels_and_picture():
     diagnosis = SimpleNamespace(alpha=0.1, coverage=LEVELS, strata=[(0, 0.1, 1.0, 0.05)], labels={"er": interval}, miscoverage=None)
     ways, guard = {"a": {"width": None, "passes": 3}}, {"as calibrated": (None, 0.0)}
     for profile in PROFILES:
-        figure = draw_interval_figure({"ER": row}, {"ER": 1.0}, diagnosis, LEVELS, ways, guard, profile)
-        assert len(figure.axes) >= 12
+        figure = draw_interval_figure({"ER": row}, {"ER": 1.0}, diagnosis, LEVELS, ways, guard, profile, {"5 to 8": interval})
+        assert len(figure.axes) >= 12 and any("SNR 5 to 8" in [t.get_text() for t in a.get_yticklabels()] for a in figure.axes)
     with pytest.raises(MapError):
         draw_interval_figure({"ER": {"Truth": truth}}, {"ER": 1.0}, diagnosis, LEVELS, ways, guard)
 
@@ -162,20 +180,22 @@ def facts(risk=0.08, worst=0.12):
     return dict(diagnosis=SimpleNamespace(risk=interval(risk), images=20, spearman=0.6, ece=0.02, width=0.1, labels={"er": interval(worst)}, strata=[(0, 0.1, 1.0, 0.05)]),
                 risks=np.array([0.05] * 19 + [np.nan]), real=np.array([0.05] * 8 + [0.2] * 2), table=np.linspace(0.5, 0, 3073)[None].repeat(60, 0).astype(np.float32),
                 ways={name: {"passes": p, "seconds": p / 10, "n": 40, "width": 0.1 + p / 100, "factor": 1.0} for name, p in zip(names, (1, 2, 10, 30))},
-                guard={"as calibrated": (0.02, 0.0), "blur x 1.5": (0.1, 1.0), "gain x 2": (0.95, 1.0), "another structure": (None, 0.5)}, left={"er": (1.0, 0.2)})
+                guard={"as calibrated": (0.02, 0.0), "blur x 1.5": (0.1, 1.0), "gain x 2": (0.95, 1.0), "another structure": (None, 0.5)},
+                left={"er": (1.0, 0.2)}, signal={"5 to 8": interval(worst), "8 to 12": interval(0.01)})
 
 
 def test_claims_follow_the_numbers():
     promise = SimpleNamespace(alpha=0.1, delta=0.1)
     held = {c["id"]: judge(**c) for c in fig9_claims.figure_claims(facts(), promise)}
     assert held["risk"].holds and held["splits"].measured == 1.0 and "1 of 20 refused" in held["splits"].why and held["real_splits"].holds is False
-    assert held["structure"].holds is False and "er" in held["structure"].why and held["drift"].holds and held["drift_one"].holds is False
+    assert held["structure"].holds is False and "er" in held["structure"].why and held["signal"].holds is False and "5 to 8" in held["signal"].why and held["drift"].holds and held["drift_one"].holds is False
     assert not judge(**next(c for c in fig9_claims.figure_claims(facts(risk=0.11), promise) if c["id"] == "risk")).holds
     none = facts()
     none["ways"]["three chains (paper)"]["width"] = None
     assert next(c for c in fig9_claims.figure_claims(none, promise) if c["id"] == "width_paper")["measured"] is None
     rows = fig9_claims.summarise(none)
     assert {tuple(row) for row in rows} == {("group", "method", "metric", "value", "ci95", "n")} and all(np.isfinite(row["value"]) for row in rows)
+    assert {"signal-to-noise 5 to 8", "signal-to-noise 8 to 12"} <= {row["group"] for row in rows}
     assert "Did not hold" in fig9_claims.tell(none, list(held.values()), promise) and "Missed more often than that: er" in fig9_claims.tell(none, [], promise)
 
 

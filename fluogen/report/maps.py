@@ -43,24 +43,31 @@ def _plot_coverage(axis, levels, coverage, alpha):
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="covered in the calibration", ylabel="covered in the test", title="coverage at every level")
 
 
-def _plot_strata(axis, strata, alpha):
-    "Risk of the pixels by the width of their interval."
-    shown = range(len(strata))
-    axis.bar(shown, [risk for *_, risk in strata], color="0.6", width=0.7)
-    axis.axhline(alpha, color="#b2182b", linewidth=0.8)
-    axis.set_xticks(shown, [f"≤ {high:.2f}" if np.isfinite(high) else "wider" for _, high, _, _ in strata], fontsize=6)
-    axis.set(xlabel="width, quarters of the pixels", ylabel="share missed", title="by width")
+def _plot_strata(axis, strata, signal, alpha):
+    "Risk of the pixels by the width of their interval, of the fields by their signal-to-noise (SNR); the highest on top."
+    tops = [f"{high:.2f}" if np.isfinite(high) else "any" for _, high, _, _ in strata]
+    rows = [(f"SNR {name}", one.mean, one.low, one.high) for name, one in signal.items()]
+    rows += [None] * bool(signal) + [(f"width ≤ {top}", risk, np.nan, np.nan) for top, (*_, risk) in zip(tops, strata)]
+    _plot_risks(axis, rows, alpha)
+    axis.set(title="by width and signal-to-noise", xlabel="share missed, each row a quarter")
+
+
+def _plot_risks(axis, rows, alpha):
+    "One line a row (name, risk, low, high), from below; None leaves a gap. Above alpha in red: no promise was made about one of them."
+    for y, row in enumerate(rows):
+        if row:
+            axis.plot(row[2:], (y, y), color="0.55", linewidth=1.2)
+            axis.plot(row[1], y, "o", color="#b2182b" if row[1] > alpha else "black", markersize=3)
+    axis.axvline(alpha, color="#b2182b", linewidth=0.8)
+    axis.set_yticks([y for y, row in enumerate(rows) if row], [row[0] for row in rows if row], fontsize=6)
+    axis.set(xlim=(0, max(2.5 * alpha, *(1.3 * row[1] for row in rows if row))), xlabel="share missed")
 
 
 def _plot_groups(axis, labels, alpha):
-    "Risk of each structure with its interval; no promise was made about one of them."
-    names = sorted(labels, key=lambda name: labels[name].mean)
-    for y, name in enumerate(names):
-        axis.plot((labels[name].low, labels[name].high), (y, y), color="0.55", linewidth=1.2)
-        axis.plot(labels[name].mean, y, "o", color="#b2182b" if labels[name].mean > alpha else "black", markersize=3)
-    axis.axvline(alpha, color="#b2182b", linewidth=0.8)
-    axis.set_yticks(range(len(names)), names, fontsize=6)
-    axis.set(xlim=(0, max(2.5 * alpha, 1.3 * labels[names[-1]].mean)), xlabel="share missed", title="by structure")
+    "Risk of each structure with its interval."
+    rows = sorted(((name, one.mean, one.low, one.high) for name, one in labels.items()), key=lambda row: row[1])
+    _plot_risks(axis, rows, alpha)
+    axis.set(title="by structure")
 
 
 def _plot_ways(axis, ways):
@@ -137,6 +144,7 @@ def draw_interval_figure(
     ways: Mapping,          # name -> {"width", "passes"}
     guard: Mapping,         # kind of input -> (share of single images, share of folders) turned away; None: not asked
     profile: str = "paper",
+    signal: Mapping | None = None,  # signal-to-noise -> interval of the risk of its fields, in increasing order
 ):                          # -> a matplotlib Figure
     "Maps above, statistics below. Raises `MapError` where there is nothing to draw."
     import matplotlib.pyplot as plt
@@ -160,7 +168,7 @@ def draw_interval_figure(
                                     bottom=0.42 / height, wspace=0.78, hspace=0.72)
         plots = below.subplots()
         _plot_coverage(plots[0, 0], levels, diagnosis.coverage, diagnosis.alpha)
-        _plot_strata(plots[0, 1], diagnosis.strata, diagnosis.alpha)
+        _plot_strata(plots[0, 1], diagnosis.strata, signal or {}, diagnosis.alpha)
         _plot_groups(plots[0, 2], diagnosis.labels, diagnosis.alpha)
         _plot_ways(plots[1, 0], ways)
         _plot_guard(plots[1, 1], guard)
