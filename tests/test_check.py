@@ -12,13 +12,16 @@ from scipy.ndimage import shift as move
 
 from fluogen.cli import main
 from fluogen.data.check import ADVICE, check_data
-from fluogen.data.io import read_image, write_image
+from fluogen.data.io import ImageReadError, read_image, write_image
 from fluogen.data.lint import KINDS
 from fluogen.data.manifest import read_manifest, write_manifest
 from fluogen.data.mend import mend_shifts, next_step
 from fluogen.data.record import Record
 from fluogen.data.register import PairError, align_pair, find_scale, measure_shift
 from fluogen.data.roles import pair_folder
+from fluogen.tasks.masks import read_mask_pair
+from fluogen.tasks.noisy_pairs import read_noisy_pair
+from fluogen.tasks.own_pairs import read_pair
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 PIXEL = {"Y": 0.1, "X": 0.1}
@@ -240,6 +243,23 @@ def test_mending_leaves_the_originals_alone(folder, tmp_path):
     assert mended.metadata["mended_shift_px"] == pytest.approx([0.8, -0.7], abs=0.1)
     with pytest.raises(PairError, match="not empty"):
         mend_shifts(check_data(folder), tmp_path / "out")
+
+
+def test_what_changed_after_it_was_listed_is_left_out(folder, tmp_path):
+    listed = tmp_path / "set" / "pairs.jsonl"
+    assert main(["check", str(folder), "--manifest", str(listed)]) == 0
+    records = read_manifest(listed)
+    assert all(record.sha256 for record in records)
+    change(folder / "clean/1.tif", lambda image: image + (np.indices(image.shape).sum(0) == 20))
+    report = check_data(listed)
+    assert [finding.kind for finding in report.must_mend] == ["checksum"]
+    manifest, left_out = mend_shifts(report, tmp_path / "mended")
+    assert left_out == [records[1].conditioning_image] and len(read_manifest(manifest)) == 4
+    for read in (read_pair, read_noisy_pair, read_mask_pair):
+        with pytest.raises(ImageReadError, match="not the file that was recorded"):
+            read(records[1])
+    assert read_noisy_pair(records[0])
+    assert main(["check", str(listed), "--manifest", str(listed)]) == 1 and check_data(listed).must_mend == []
 
 
 # ---- the command

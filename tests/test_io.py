@@ -66,7 +66,7 @@ def test_damaged_files_end_in_the_image_or_in_one_error(seeds, tmp_path):
             assert same, f"trial {trial} {name}: {found} for {expected}"
             counts["image" if (found.array == expected.array).all() else "other pixels"] += 1
             if hash_file(path) != checksum:
-                with pytest.raises(ImageReadError, match="not what was published"):
+                with pytest.raises(ImageReadError, match="not the file that was recorded"):
                     read_image(path, sha256=checksum)
         except ImageReadError as error:
             foreseen = "\n" not in str(error) and "no check foresaw" not in str(error)
@@ -497,9 +497,9 @@ def test_the_checksum_of_a_folder_covers_names_and_contents(tmp_path):
     before = hash_file(path)
     assert read_image(path, sha256=before).array.shape == (8, 8)
     for wrong in ("", "0" * 64, before[:-1], 5):
-        with pytest.raises(ImageReadError, match="not what was published"):
+        with pytest.raises(ImageReadError, match="not the file that was recorded"):
             read_image(path, sha256=wrong)
     (path / "more").write_text("x")
-    with pytest.raises(ImageReadError, match="not what was published"):
+    with pytest.raises(ImageReadError, match="not the file that was recorded"):
         read_image(path, sha256=before)
     assert hashlib.sha256(b"x").hexdigest() == hash_file(path / "more")

@@ -28,7 +28,7 @@ from .roles import pair_folder
 ADVICE: dict[str, tuple[bool, str]] = {     # kind: (must be mended, what to do)
     "missing-file": (True, "Put the file there or delete its row."),
     "unreadable": (True, "Replace it or leave it out."),
-    "checksum": (True, "Fetch the file again, or stamp the manifest anew."),
+    "checksum": (True, "Fetch the file again, or write the list anew with --manifest."),
     "unpaired": (True, "Give it a partner of the same name, or take it away."),
     "one-pair": (True, "Bring at least 3 fields: one to train, one to validate, one to test."),
     "stack": (True, "Save the plane that is meant as an image of its own (axes YX)."),

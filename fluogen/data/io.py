@@ -129,8 +129,8 @@ def read_image(
 # %% ../../nbs/lib/data/10_io.ipynb #ec7a2048
 def _check_sum(path: Path, found: str | None, expected: str | None) -> None:
     if expected is not None and found != str(expected).lower():
-        raise ImageReadError("the content is not what was published", path, f"sha256 {found[:12]}…",
-                             f"{str(expected)[:12]}…", "Fetch the file again.")
+        raise ImageReadError("not the file that was recorded", path, f"sha256 {found[:12]}…",
+                             f"{str(expected)[:12]}…", "Fetch the file again, or record it anew.")
 
 
 def _finish(path: Path, stored: Stored, axes: str | None, plane: dict | None, max_bytes: int) -> Image:

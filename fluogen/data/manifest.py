@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST_LINE', 'iter_rows', 'find_manifest', 'iter_manifest', 'read_manifest', 'validate', 'write_row',
-           'write_manifest', 'stamp_sha256', 'check_sha256', 'ChecksumError', 'ManifestError', 'Record', 'check_row',
-           'make_record', 'parse_norm']
+           'write_manifest', 'stamp_sha256', 'ManifestError', 'Record', 'check_row', 'make_record', 'parse_norm']
 
 # %% ../../nbs/lib/data/20_manifest.ipynb #6ee5470e
 import json
@@ -16,10 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from .files import atomic_write, hash_file
 from .keymap import KeyMap
-from .record import ChecksumError, ManifestError, Record, check_row, make_record, parse_norm
+from .record import ManifestError, Record, check_row, make_record, parse_norm
 
 # %% ../../nbs/lib/data/20_manifest.ipynb #06317d80
-_all_ = ["ChecksumError", "ManifestError", "Record", "check_row", "make_record", "parse_norm"]
+_all_ = ["ManifestError", "Record", "check_row", "make_record", "parse_norm"]
 
 # %% ../../nbs/lib/data/20_manifest.ipynb #9a7f0e70
 LONGEST_LINE = 1 << 20          # bytes; a longer line is no manifest
@@ -150,13 +149,5 @@ def write_manifest(
 
 # %% ../../nbs/lib/data/20_manifest.ipynb #fdf4267c
 def stamp_sha256(record: Record) -> Record:
-    "The record with the checksum of its image, as it is on disk now."
-    return replace(record, sha256=hash_file(record.path))
-
-
-def check_sha256(record: Record) -> None:
-    "Raise `ChecksumError` if the image is not the one that was recorded; a record without checksum passes."
-    if record.sha256 and (found := hash_file(record.path)) != record.sha256.lower():
-        raise ChecksumError("not the file that was recorded", where=f"{record.where}:sha256",
-                            found=found[:12] + "…", expected=record.sha256[:12] + "…",
-                            hint=f"Fetch {record.image} again, or stamp it anew.")
+    "The record with the checksum of its image, as it is on disk now; what is read for a training is compared with it."
+    return replace(record, sha256=hash_file(record.path)) if record.path.exists() else record

@@ -24,10 +24,11 @@ def mend_shifts(
     if out.exists() and any(out.iterdir()):
         raise PairError("the folder for mended pairs is not empty", where=out, hint="Name a new one.")
     faulty = {finding.where for finding in report.must_mend if finding.kind != "shifted"}
+    changed = {finding.where for finding in report.must_mend if finding.kind == "checksum"}
     records, left_out = [], []
     for number, pair in enumerate(report.pairs):
         files = (pair.record.conditioning_path, pair.record.path)
-        if pair.shift is None or faulty & {str(file) for file in files}:
+        if pair.shift is None or faulty & {str(file) for file in files} or pair.record.where in changed:
             left_out.append(pair.name)
             continue
         images = [read_image(file) for file in files]

@@ -33,7 +33,7 @@ def read_mask_pair(record, norm: str = NORM) -> tuple[torch.Tensor, torch.Tensor
     "Image (1,H,W) in unit range and its mask (1 or 2,H,W) as `norm` shows it; raises what is wrong with the pair."
     if not record.conditioning_image:
         raise OwnPairsError("an image without a mask", where=record.image, hint="Give image (measured) and conditioning_image (mask).")
-    image, mask = read_image(record.path), read_image(record.conditioning_path)
+    image, mask = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path)
     if image.array.ndim != 2:
         raise OwnPairsError("not a plane of grey values", where=image.path, found=image.axes, expected="YX")
     if not np.isfinite(image.array).all() or image.array.min() == image.array.max():

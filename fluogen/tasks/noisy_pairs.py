@@ -82,7 +82,7 @@ def read_noisy_pair(record) -> tuple[torch.Tensor, torch.Tensor, float | None, l
     "Target (1,H,W), condition (3,H,W), pixel in um or None, and notes. Raises what is wrong with the pair."
     if not record.conditioning_image:
         raise NoisyPairError("a single image, not a pair", where=record.image, hint="Give image (clean) and conditioning_image (noisy).")
-    clean, noisy = read_image(record.path), read_image(record.conditioning_path)
+    clean, noisy = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path)
     judge_noisy_pair(noisy.array, clean.array, noisy.path)
     try:
         noise, said = read_noise(noisy.array, clean.array)

@@ -85,7 +85,7 @@ def real_rows(source: str) -> tuple:
                and word.lower() in str(r.extra.get("dataset", "")).lower()]
     clean, noisy, seen = {}, {}, set()
     for record in records:
-        clean.setdefault(record.image, read_image(record.path).array)
+        clean.setdefault(record.image, read_image(record.path, sha256=record.sha256).array)
         array = read_image(record.conditioning_path).array
         key = hash_array(array)
         if array.ndim == 2 and array.shape == clean[record.image].shape and key not in seen:

@@ -51,7 +51,7 @@ def read_pair(record, scale: int = 2) -> tuple[torch.Tensor, torch.Tensor, float
     "Target (1,H,W) and condition (1,h,w) in unit range, and the target's pixel in um or None; raises what is wrong with the pair."
     if not record.conditioning_image:
         raise OwnPairsError("a single image, not a pair", where=record.image, hint="Give image and conditioning_image.")
-    target, condition = (read_image(path) for path in (record.path, record.conditioning_path))
+    target, condition = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path)
     for image in (target, condition):
         if image.array.ndim != 2:
             raise OwnPairsError("not a plane of grey values", where=image.path, found=image.axes, expected="YX")

@@ -62,7 +62,7 @@ def open_truths(dataset: str, side_px: int = 256) -> tuple:
         words = [name for name in REAL_PROMPTS if record.prompts[0].lower().split(" of ")[0] == name]
         if not words or (record.bits or 0) < REAL_BITS:
             continue
-        array = read_image(record.path).array
+        array = read_image(record.path, sha256=record.sha256).array
         if array.ndim != 2 or min(array.shape) < side_px:
             continue
         top, left = ((n - side_px) // 2 for n in array.shape)
