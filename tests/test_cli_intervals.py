@@ -79,6 +79,29 @@ def test_pixels_that_are_no_numbers_name_their_file(run, model, calibration, tmp
     assert code == 2 and "nan.tif: intensities that are no numbers (found 1 of" in err[-1] and not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("shape", [(15, 40), (1, 50), (3, 3)])
+def test_a_small_image_is_refused_in_words_about_its_size(run, model, calibration, tmp_path, shape):
+    write_image(tmp_path / "small.tif", draw_pair(0, size=64)[0][:shape[0], :shape[1]])
+    go = ("restore", tmp_path / "small.tif", tmp_path / "out.tif", "--model", model, "--device", "cpu")
+    code, out, err = run(*go, "--calibration", calibration)
+    wrong = [line for line in err if line.startswith("fluogen: ")]
+    assert code == 2 and len(wrong) == 1 and not list(tmp_path.glob("out*"))
+    assert wrong[0].startswith(f"fluogen: {tmp_path / 'small.tif'}: an image too small for intervals (found {shape[0]} x {shape[1]} pixels, expected at least 16 x 16)")
+    assert run(*go)[0] == 0 and read_image(tmp_path / "out.tif").array.shape == (2 * shape[0], 2 * shape[1])      # without: any size
+
+
+def test_small_pairs_are_left_out_by_name(run, model, tmp_path):
+    manifest = write_pairs(tmp_path, range(24))
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for key, name, side in (("image", "t.tif", 20), ("conditioning_image", "c.tif", 10)):
+        write_image(tmp_path / name, np.arange(side * side, dtype=np.uint16).reshape(side, side))
+        rows[0][key] = name
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run("calibrate", manifest, "--model", model, "--alpha", "0.2", "--device", "cpu", "--out", tmp_path / "c.json")
+    left = [line for line in err if line.startswith("left out: ")]
+    assert code == 0 and len(left) == 1 and "c.tif: an image too small for intervals (found 10 x 10 pixels" in left[0]
+
+
 @pytest.mark.parametrize(("options", "says"), [
     ([], "no calibration, so no interval. Make one on your own pairs: fluogen calibrate MANIFEST"),
     (["--prompt", "ER of COS-7"], "calibrated for another prompt"), (["--calibration", "absent.json"], "absent.json: no calibration")])

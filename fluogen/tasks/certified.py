@@ -28,14 +28,16 @@ from .settings import RestoreSettings
 from ..uncertainty.bounds import min_images
 from ..uncertainty.certificate import Calibration, load_calibration
 from ..uncertainty.families import CalibrationError
-from ..uncertainty.guard import InputRange, describe_image, judge_input
+from ..uncertainty.guard import InputRange, check_size, describe_image, judge_input
 
 # %% ../../nbs/lib/tasks/43_certified.ipynb #b8c286f5
 def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> Field:
     "A pair with its measured counts; raises what is wrong with it, or why its noise cannot be estimated."
     if weights.config["norm"] != STABLE:
         target, _, _ = read_pair(record, weights.config["scale"])
-        return Field(read_image(record.conditioning_path).array, target[0].numpy(), str(record.group))
+        counts = read_image(record.conditioning_path).array
+        check_size(counts.shape, record.conditioning_path)
+        return Field(counts, target[0].numpy(), str(record.group))
     if not record.conditioning_image:
         raise CalibrationError("a single image, not a pair", where=record.image, hint="Give image (clean) and conditioning_image (noisy).")
     clean, noisy = (read_image(path).array for path in (record.path, record.conditioning_path))
@@ -96,6 +98,7 @@ class Certified:
         "The planes whose promise is void, in words; empty for an image that is covered. Raises `CalibrationError`, `ImageReadError`."
         planes, _ = list_planes(image, self.settings)
         check_numbers(planes, image.path)
+        check_size(planes.shape, image.path)
         flat = planes.reshape(-1, *planes.shape[-2:])
         if not self.calibration.inputs:
             return ["not covered: calibrated on fewer than 20 images, whose range is not known"]
