@@ -81,18 +81,18 @@ def run_generate(args) -> int:
     "Pictures from prompts, each in a file of its own that says it is synthetic."
     from fluogen.data.files import check_writable
     from fluogen.diffusion.zoo import load_weights
-    from fluogen.tasks.generate import GenerateSettings, generate, save_generated
-    settings = GenerateSettings(steps=args.steps, sampler=args.sampler, grid=args.grid, guidance=args.guidance, size_px=args.size,
-                                seed=args.seed)
+    from fluogen.tasks.generate import GenerateSettings, generate_files
+    settings = GenerateSettings(args.steps, args.sampler, args.grid, args.guidance, args.size, args.seed)
     check_writable(Path(args.out) / "picture.tif")
     device = choose_device(args.device)
     weights = load_weights(args.model, device)
     _say(f"{weights.id} on {device}, {len(args.prompts)} prompt{'s' * (len(args.prompts) > 1)} x {args.n}")
-    progress = Progress(1)
-    made = generate(args.prompts, args.n, settings, weights, callback=lambda done, of: progress(Path("pictures"), done, of))
-    for path in save_generated(made, args.out, settings, weights, args.suffix):
+    found = list(generate_files(args.prompts, args.n, settings, weights, args.out, args.suffix,
+                                callback=lambda done, of, show=Progress(1): show(Path("pictures"), done, of)))
+    for path, _ in found:
         print(path, flush=True)
-    _say(f"{len(made.images)} synthetic picture{'s' * (len(made.images) > 1)} in {args.out}; look before you use them")
+    _say(f"{len(found)} synthetic picture{'s' * (len(found) > 1)} in {args.out}, {sum(there for _, there in found)} there already; "
+         "look before you use them")
     return 0
 
 # %% ../nbs/lib/90_cli.ipynb #9bac308c

@@ -111,11 +111,11 @@ def add_generate(commands):
     add = command.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help='e.g. "F-actin of COS-7"; "A | B": one of them a picture; "": any structure')
     add("-n", type=int, default=1, help="pictures of each prompt (default 1)")
-    add("--out", default="generated", help="folder (default: generated)")
+    add("--out", default="generated", help="folder; pictures that lie there already are kept (default: generated)")
     add("--seed", type=int, default=0, help="other seed, other pictures (default 0)")
     add("--steps", type=int, default=20, help="network passes a picture (default 20)")
     add("--guidance", type=float, default=1.0, help="closer to the prompt, less varied (default 1: off)")
-    add("--size", type=int, default=128, metavar="PX", help="side of a picture (default 128)")
+    add("--size", type=int, default=128, metavar="PX", help="side of a picture, learned at 64 and 128 (default 128)")
     add("--sampler", default="dpmpp_2m", help="dpmpp_2m (default), ddim or ddpm")
     add("--grid", default="logsnr", help="where the passes lie: logsnr (default) or trailing")
     add("--suffix", default=".tif", choices=(".tif", ".ome.tif"), help=".tif (default) or .ome.tif")

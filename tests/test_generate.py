@@ -1,5 +1,6 @@
 "Pictures from prompts: the same whatever the batch, flagged as synthetic, refused or warned in one line."
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from fluogen.cli import main
 from fluogen.core import FluogenError
 from fluogen.data.io import read_image
-from fluogen.tasks.generate import GenerateError, GenerateSettings, generate, list_pictures, save_generated
+from fluogen.tasks.generate import GenerateError, GenerateSettings, generate, generate_files, list_pictures, place_pictures, save_generated
 from toys import PROMPTS, make_weights, save_toy
 
 SMALL = GenerateSettings(steps=3, size_px=32, seed=5)
@@ -54,6 +55,18 @@ def test_alternatives_are_drawn_once_and_for_all():
     assert drawn[:5] == list_pictures("A | B", 5, seed=3)
 
 
+def test_the_spelling_of_a_known_prompt_does_not_matter(toy, tmp_path):
+    odd = " " + PROMPTS[0].upper().replace(" ", "  ")
+    assert list_pictures(odd, 1, 0, PROMPTS) == [(PROMPTS[0], 0)]
+    assert np.array_equal(generate(odd, 1, SMALL, toy).images, generate(PROMPTS[0], 1, SMALL, toy).images)
+
+
+def test_words_without_quotes_are_caught():
+    with pytest.raises(GenerateError, match="nothing is named .found 'of'.*Quotes keep"):
+        list_pictures(["F-actin", "of", "COS-7"], 1, 0)
+    assert list_pictures(["", "  ", "|"], 1, 0) == [("", 0)] * 3            # nothing said is meant
+
+
 def test_an_unknown_word_is_named_once_with_what_is_near(toy):
     with pytest.warns(UserWarning, match="nearest known") as caught:
         generate("Centrosomes", 3, SMALL, toy, batch=1)
@@ -92,11 +105,45 @@ def test_files_say_what_they_are(toy, tmp_path, suffix):
         save_generated(made, tmp_path, SMALL, toy, ".png")
 
 
+def test_a_second_run_keeps_what_is_there_and_writes_over_nothing(toy, tmp_path):
+    run = lambda n=3, settings=SMALL: list(generate_files(PROMPTS[0], n, settings, toy, tmp_path, batch=2))
+    first = run(2)
+    before = {path: path.read_bytes() for path, _ in first}
+    assert [there for _, there in first] == [False, False] and [there for _, there in run()] == [True, True, False]
+    image = read_image(run()[2][0])
+    assert np.abs(image.array - generate(PROMPTS[0], 3, SMALL, toy).images[2]).max() < 1e-4      # whatever it was drawn beside
+    for other in (dict(steps=4), dict(guidance=2.0), dict(size_px=64), dict(sampler="ddim")):
+        with pytest.raises(GenerateError, match="another picture lies here .found " + next(iter(other))):
+            run(settings=replace(SMALL, **other))
+    assert {path: path.read_bytes() for path in before} == before
+    first[0][0].write_bytes(b"not a picture")
+    with pytest.raises(GenerateError, match="found made by something else"):
+        run()
+
+
+def test_pictures_are_kept_as_they_are_drawn(toy, tmp_path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        list(generate_files(PROMPTS[0], 4, SMALL, toy, tmp_path, batch=2, callback=stop))
+    assert len(list(tmp_path.glob("*.tif"))) == 2
+
+
+def test_one_file_a_picture(toy, tmp_path):
+    assert len(place_pictures([("ER of COS-7", 0)] * 2, tmp_path, SMALL, toy)) == 1
+    with pytest.raises(GenerateError, match="two prompts for one file .found 'E. coli' and 'E coli'"):
+        place_pictures([("E. coli", 0), ("E coli", 0)], tmp_path, SMALL, toy)
+
+
 def test_the_command(tmp_path, capsys):
     save_toy(tmp_path / "toy")
     common = ["--model", str(tmp_path / "toy"), "--steps", "2", "--out", str(tmp_path / "out")]
     assert main(["generate", PROMPTS[0], "-n", "2", "--size", "32", *common]) == 0
     paths = capsys.readouterr().out.split()
     assert len(paths) == 2 and all(read_image(path).metadata["fluogen"]["synthetic"] for path in paths)
+    assert main(["generate", PROMPTS[0], "-n", "3", "--size", "32", *common]) == 0
+    assert "3 synthetic pictures" in (said := capsys.readouterr().err) and "2 there already" in said
+    assert main(["generate", PROMPTS[0], "-n", "2", "--size", "40", *common]) == 2
+    assert "another picture lies here" in capsys.readouterr().err
     assert main(["generate", PROMPTS[0], "--size", "33", *common]) == 2
     assert "\n" not in capsys.readouterr().err.strip().splitlines()[-1]

@@ -135,7 +135,8 @@ def train_encoder(
         train_leg(first, work / f"one-{seed}", minutes, LEGS[0], seed, crops)
     left = minutes - (time.monotonic() - began) / 60
     if left <= 0 or not is_done(first):
-        raise EncoderError("the first of two legs took all the time", where=work, found=f"{minutes:g} minutes", hint="Give the same command again.")
+        raise EncoderError("the first of two legs took all the time", where=work, found=f"{minutes:g} minutes",
+                           hint="Give the same command again.")
     return train_leg(out, work / f"two-{seed}", left, LEGS[1], seed, crops, str(first), f"fluogen train encoder --seed {seed}")
 
 
