@@ -61,7 +61,7 @@ def made_up_record():
 
 def test_claims_follow_the_record():
     record = made_up_record()
-    seconds = {"one sample": 0.4, "FluoGen direct": 0.05}
+    seconds = {"One sample": 0.4, "FluoGen direct": 0.05}
     claims = {c["id"]: judge(**c) for c in fig4_claims.figure_claims(record, seconds)}
     assert claims["gain_psnr"].holds and abs(claims["gain_psnr"].measured - 1.0) < 0.1
     assert claims["control_gain"].holds is False and claims["over_bicubic"].holds and claims["every_structure"].holds

@@ -6,8 +6,10 @@ from matplotlib_scalebar.scalebar import ScaleBar
 from PIL import Image
 from scipy import ndimage
 
+from fluogen.report.curves import draw_curves
 from fluogen.report.figure import (LUT_POINTS, FigureError, choose_zoom, display_range, get_lut, image_grid,
                                    picture_style, save_picture)
+from fluogen.report.live import LiveCurve
 
 
 def scene(seed, size=128):
@@ -71,6 +73,37 @@ def test_scale_bar_has_its_length():
     bar, = [artist for artist in axis.artists if isinstance(artist, ScaleBar)]
     assert bar.dx == 1 and bar.units == "um"                     # the axis itself is in micrometres
     assert axis.get_xlim() == (0, 4.0) and axis.get_ylim() == (4.0, 0)
+
+
+@pytest.mark.parametrize("columns", [2, 7])
+def test_a_caption_lies_below_the_panels_and_beside_the_profile(columns):
+    words = "Simulated scenes and microscopes, held out; the first of 4 fields a structure; frames are shown larger below."
+    figure = image_grid(panels(columns=("truth", *"abcdefg"[:columns - 1])), 4.0, reference="truth", profile="laptop", caption=words)
+    figure.canvas.draw()
+    caption, corner = (next(text for text in figure.texts if text.get_text().startswith(start)) for start in ("Simulated", "profile"))
+    assert caption.get_text().replace("\n", " ") == words and ("\n" in caption.get_text()) == (columns == 2)
+    box = caption.get_window_extent()
+    assert not box.overlaps(corner.get_window_extent()) and 0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+    assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes)
+
+
+def test_no_legend_lies_over_a_curve():
+    live = LiveCurve(start=28.9, live=False)
+    for step, value in ((40, -28.4), (80, -28.9), (120, -28.95)):
+        live({"event": "validation", "step": step, "value": value})
+    rows = [{"method": m, "seed": s, "pairs": n, "ever": [20.0 + s + k + n / 30]} for s in (0, 1) for n in (2, 5, 10, 30)
+            for k, m in enumerate(("fluogen", "norms", "low-rank", "anchored", "scratch", "care"))]
+    rows += [{"method": "untuned", "seed": s, "pairs": 0, "ever": [20.0]} for s in (0, 1)]
+    both, one = draw_curves({"rows": rows}, "laptop"), draw_curves({"rows": [r for r in rows if r["method"] in ("fluogen", "care")]})
+    for figure in (live.figure(), both, one):
+        figure.canvas.draw()
+        legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+        boxes = [legend.get_window_extent() for legend in legends]
+        assert boxes and not any(box.overlaps(axis.get_window_extent()) for box in boxes for axis in figure.axes)
+        texts = [text.get_window_extent() for text in (*figure.texts, figure._supxlabel) if text is not None]
+        assert not any(box.overlaps(other) for box in boxes for other in texts)
+        assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
 
 def test_zooms_given_or_none():
     given = image_grid(panels(("ER",)), 4.0, reference="truth", zooms={"ER": (1, 2, 0.5)})

@@ -124,3 +124,12 @@ def test_where_results_go(home, tmp_path, monkeypatch):
     monkeypatch.delenv("FLUOGEN_FIGURES")
     monkeypatch.chdir(tmp_path)               # outside of any repository: that of the installed package, if it is one
     assert figures_folder().name == "figures" and (figures_folder().parent / "settings.ini").exists()
+    assert figures_folder("shared/manifest.jsonl") == figures_folder().parent / "runs" / "figures"
+    assert figures_folder("simulated") == figures_folder()
+
+
+def test_pictures_of_a_data_set_stay_out_of_the_committed_figures(tmp_path, monkeypatch):
+    monkeypatch.delenv("FLUOGEN_FIGURES", raising=False)
+    monkeypatch.setattr("fluogen.report.run.repository", lambda: tmp_path)
+    run = open_run("fig0_demo", "smoke", {"seed": 1, "device": "cpu", "dataset": "pairs.jsonl"}, ALLOWED | {"dataset": str})
+    assert run.folder == tmp_path / "runs" / "figures" / "fig0_demo" / "smoke"

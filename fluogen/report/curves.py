@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'draw_curves']
 import numpy as np
 
 from .figure import mark_profile, picture_style
-from ..tasks.bench_pairs import COUNTS, FEW, TUNINGS, interval_of
+from ..tasks.bench_pairs import COUNTS, FEW, N_FIELDS, TUNINGS, interval_of
 from ..tasks.fig5b import NAMES, curves
 
 # %% ../../nbs/lib/report/75_curves.ipynb #e5b80105
@@ -33,7 +33,7 @@ def draw_curves(record: dict, profile: str = "paper"):
         panels = [(("fluogen", "scratch", "care"), "Who needs how many?")]
         if set(TUNINGS) & set(found):
             panels.append((("fluogen", *TUNINGS), "What should be free?"))
-        figure, axes = plt.subplots(1, len(panels), figsize=((4.3, 6.6)[len(panels) - 1], 2.7), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, len(panels), figsize=((4.3, 6.6)[len(panels) - 1], 3.3), layout="constrained", squeeze=False)
         axes = axes[0]
         for axis, (methods, title) in zip(axes, panels):
             for method in [m for m in methods if m in found]:
@@ -41,15 +41,18 @@ def draw_curves(record: dict, profile: str = "paper"):
                 same = "untuned" in found and all(len(v) == len(zero) for v in curve.values())
                 _line(axis, curve, method, zero if same else 0.0)
             if "untuned" in found:
-                axis.axhline(0, color=COLOURS["fluogen"], linestyle=":", linewidth=1)
+                axis.axhline(0, color=COLOURS["fluogen"], linestyle=":", linewidth=1, label=NAMES["untuned"])
             axis.set_xscale("log")
             axis.set_xticks(counts := COUNTS if axis is axes[0] else FEW, counts)
             axis.minorticks_off()
-            axis.set_xlabel("pairs of 128 x 128")
+            axis.set_xlabel("pairs of 128 x 128 pixels")
             axis.set_title(title)
             if axis.lines:
-                axis.legend(frameon=False)
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.19), ncols=3 - len(panels))        # on no line
         axes[0].set_ylabel("PSNR over nano-denoise (dB)" if "untuned" in found else "PSNR (dB)")
+        labs = max((len(values) for curve in found.values() for values in curve.values()), default=0)
+        figure.supxlabel(f"Mean over {labs} simulated laboratories, {N_FIELDS} fields of each;\nbands: 95 % intervals over laboratories",
+                         x=0.01, ha="left", fontsize=7)
         mark_profile(figure, profile)
     plt.close(figure)
     return figure

@@ -8,6 +8,7 @@ __all__ = ['LUT_POINTS', 'LUT_WORDS', 'STYLE', 'FigureError', 'get_lut', 'pictur
 
 # %% ../../nbs/lib/report/10_figure.ipynb #75b43491
 import io
+import textwrap
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,9 +131,9 @@ def _draw_row(axes, strips, images, columns, field_um, lut, limits, zoom):
 def _add_bar(axis):
     "A scale bar with its length in micrometres; the axis is in micrometres already."
     from matplotlib_scalebar.scalebar import ScaleBar
-    axis.add_artist(ScaleBar(1, "um", location="lower left", color="white", box_alpha=0, length_fraction=0.3,
-                             scale_loc="top", width_fraction=0.015, border_pad=0.3, sep=1,
-                             font_properties={"size": 6}))
+    axis.add_artist(ScaleBar(1, "um", location="lower left", color="white", box_color="black", box_alpha=0.6,
+                             length_fraction=0.3, scale_loc="top", width_fraction=0.015, border_pad=0.2, pad=0.15,
+                             sep=1, font_properties={"size": 7.5}))
 
 
 def _name_row(figure, top, bottom, name):
@@ -175,6 +176,7 @@ def image_grid(
     zooms: Mapping | None = None,   # {row name: (x_um, y_um, width_um)}; default by the reference; {}: none
     panel_inch: float = 1.15,       # width of a panel on paper
     profile: str = "paper",         # shown in the corner unless "paper"; "smoke" is watermarked
+    caption: str = "",              # below the panels: what is shown, and how many of it
 ):                                  # -> a matplotlib Figure
     "Rows of structures, columns of methods, a zoom strip below each panel; one intensity scale a row."
     import matplotlib.pyplot as plt
@@ -182,8 +184,10 @@ def image_grid(
     strips = zooms is None or len(zooms) > 0
     shape = np.shape(next(iter(panels.values()))[reference])
     heights = [panel_inch * shape[0] / shape[1]] + [panel_inch / 2] * strips
-    left, top, bottom = 0.32, 0.22, 0.2                                             # inches around the panels
-    size = (left + len(columns) * (panel_inch + 0.05) + 0.05, 0.42 + len(panels) * (sum(heights) + 0.09))
+    width = 0.37 + len(columns) * (panel_inch + 0.05)
+    lines = textwrap.wrap(caption, max(20, int((width - 1.2) / 0.064)))             # beside the profile in the corner
+    left, top, bottom = 0.32, 0.22, 0.2 + 0.145 * max(len(lines) - 1, 0)            # inches around the panels
+    size = (width, top + bottom + len(panels) * (sum(heights) + 0.09))
     with picture_style():
         figure = plt.figure(figsize=size)
         grid = figure.add_gridspec(len(heights) * len(panels), len(columns),
@@ -203,6 +207,8 @@ def image_grid(
         for axis, column in zip(axes[0], columns, strict=True):
             axis.set_title(column)
         mark_profile(figure, profile)
+        if lines:
+            figure.text(left / size[0], 0.03 / size[1], "\n".join(lines), ha="left", va="bottom")
     plt.close(figure)            # shown when displayed, not a second time at the end of the cell
     return figure
 
@@ -213,7 +219,7 @@ def mark_profile(
 ) -> None:
     "Write the profile into the lower right corner, except `paper`; `smoke` goes across the picture as well."
     if profile != "paper":
-        figure.text(0.995, 0.004, f"profile: {profile}", ha="right", va="bottom", fontsize=6, color="0.35")
+        figure.text(0.995, 0.004, f"profile: {profile}", ha="right", va="bottom", fontsize=7.5, color="0.35")
     if profile == "smoke":
         width, height = figure.get_size_inches()
         size = min(1.6 * width, 3.0 * height) * 72 / 12

@@ -50,6 +50,7 @@ class LiveCurve:
                 axis.axhline(self.start, linestyle=":", color="#525252", label="before")
             axis.set_xlabel("step")
             axis.set_ylabel("PSNR (dB)")
-            axis.legend(frameon=False)
+            if axis.lines:
+                figure.legend(loc="outside upper center", ncols=3)       # on no line
         plt.close(figure)
         return figure

@@ -37,11 +37,11 @@ def repository() -> Path | None:
     return find_root() or find_root(Path(fluogen.__file__).parent)
 
 
-def figures_folder() -> Path:
-    "Where all figures' results go."
+def figures_folder(dataset: str = "simulated") -> Path:
+    "Where results go; pictures of other people's images stay out of the repository's figures."
     if named := os.environ.get("FLUOGEN_FIGURES"):
         return Path(named)
-    return (repository() or Path.cwd()) / "figures"
+    return (repository() or Path.cwd()) / ("figures" if dataset == "simulated" else "runs/figures")
 
 
 def describe_machine() -> dict:
@@ -167,7 +167,7 @@ def open_run(
     said = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in checked.items())
     facts = {"command": f"papermill nbs/{figure}.ipynb runs/{figure}.ipynb {said}",
              "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **describe_machine()}
-    folder = figures_folder() / figure / checked["profile"]
+    folder = figures_folder(checked.get("dataset", "simulated")) / figure / checked["profile"]
     run = RunRecord(figure, checked["profile"], checked, folder, device, facts)
     run.write()
     _watch(run)

@@ -106,7 +106,7 @@ def figure_methods(steps: int = 4, seed: int = 0, device="cpu", classical: bool 
     for name in (*LEARNED, "direct"):
         methods[DISPLAY[name]] = column(name, {})
     methods["FluoGen control"] = column("control", {"passes": steps, "samples": 4, "seed": seed})
-    methods["one sample"] = column("control", {"passes": steps, "samples": 1, "seed": seed})
+    methods["One sample"] = column("control", {"passes": steps, "samples": 1, "seed": seed})
     return methods
 
 
