@@ -58,19 +58,19 @@ class Page:
                                              facecolor=colour, edgecolor=edge,
                                              linewidth=0.8))
 
-    def network(self, channels, x, y, height, colour="#a9b6e0", down_only=False) -> list:
+    def network(self, channels, x, y, height, colour="#a9b6e0", down_only=False, scale=1.0, numbers=True) -> list:
         "A U-Net as bars, one a level: height falls with the grid, width grows with the channels; gives the middles of the bars' feet."
         from matplotlib.patches import Rectangle
         levels = list(range(len(channels))) + ([] if down_only else list(range(len(channels) - 1))[::-1])
         feet, place = [], x
         for number, level in enumerate(levels):
-            wide, tall = 0.07 + 0.0016 * channels[level], height / 2**level if level < 2 else height / 4
+            wide, tall = scale * (0.07 + 0.0016 * channels[level]), height / 2**min(level, 2)
             self.canvas.add_patch(Rectangle((place, y + (height - tall) / 2), wide, tall, facecolor=colour,
                                             edgecolor="0.4", linewidth=0.5))
-            if number <= len(channels) - 1:
+            if numbers and number <= len(channels) - 1:
                 self.text(place + wide / 2, y + (height - tall) / 2 - 0.06, str(channels[level]), 4.5, color="0.35")
             feet.append((place + wide / 2, y + (height + tall) / 2))
-            place += wide + 0.06
+            place += wide + scale * 0.06
         return feet
 
 # %% ../../nbs/lib/report/67_schematic.ipynb #0ad25424
@@ -95,19 +95,19 @@ def _draw_training(page, seen, span):
     page.arrow((1.42, 1.05), (1.72, 1.05))
     page.arrow((3.22, 1.3), (3.5, 1.3))
     feet = page.network(seen.channels, 3.55, 0.8, 1.0)
-    page.text(4.05, 0.55, "backbone", 7)
+    page.text(4.1, 0.55, "backbone: a U-Net\n(numbers: channels)", 6.5)
     page.arrow((4.73, 1.3), (4.88, 1.3))
-    page.picture(seen.v_said, 4.9, 0.8, 1.0, "says $v_\\theta$", "gray", span)
-    page.picture(seen.v, 6.4, 0.8, 1.0, "should be $v_t$", "gray", span,
+    page.picture(seen.v_said, 4.9, 0.8, 1.0, "says: velocity $v_\\theta$", "gray", span)
+    page.picture(seen.v, 6.4, 0.8, 1.0, "should say: $v_t$", "gray", span,
                  f"= {seen.signal:.2f} $\\varepsilon$ - {seen.noise_level:.2f} $x_0$")
     page.arrow((5.94, 1.3), (6.36, 1.3), "<|-|>")
-    page.text(6.15, 1.05, f"$\\Vert v_t-v_\\theta\\Vert^2$\n{seen.loss:.4f}", 6.5)
+    page.text(6.15, 1.05, f"loss\n$\\Vert v_t-v_\\theta\\Vert^2$\n{seen.loss:.4f}", 6.5)
     total = seen.time + seen.text
-    page.strip(seen.time, 0.4, 2.35, 1.6, 0.13, f"time step {seen.t} → sinusoids → MLP", "PuOr")
-    page.strip(seen.text, 2.3, 2.35, 1.6, 0.13, f"“{seen.prompt}” → words → MLP", "PiYG")
-    page.text(2.15, 2.415, "+", 9)
-    page.text(4.05, 2.415, "=", 9)
-    page.strip(total, 4.2, 2.35, 1.6, 0.13, f"{len(total)} numbers, added channel by channel", "BrBG")
+    page.strip(seen.time, 0.4, 2.35, 1.3, 0.13, f"time step {seen.t} → sinusoids → MLP", "PuOr")
+    page.strip(seen.text, 2.05, 2.35, 1.3, 0.13, f"“{seen.prompt}” → words → MLP", "PiYG")
+    page.text(1.87, 2.415, "+", 9)
+    page.text(3.6, 2.415, "=", 9)
+    page.strip(total, 3.85, 2.35, 1.3, 0.13, f"{len(total)} numbers, added channel by channel", "BrBG")
     for x, y in feet:
         page.arrow((x, 2.2), (x, y + 0.03), color="0.5")
 
@@ -118,18 +118,20 @@ def _draw_sampling(page, seen, span):
     shown = [seen.chain[i] for i in np.unique(np.linspace(0, len(seen.chain) - 1, 5).astype(int))]
     for number, (t, x_t, v, x0) in enumerate(shown):
         x = 0.45 + number * 1.19
-        page.picture(x_t, x, 3.0, 0.78, f"$x_t$, t = {t}", "gray", (-2, 2))
+        page.picture(x_t, x, 3.0, 0.78, f"$x_t$, t = {t}" if number else f"noise, t = {t}", "gray", (-2, 2))
         page.picture(v, x, 4.05, 0.42, "", "gray", span, "$v_\\theta$")
         page.picture(x0, x + 0.46, 4.05, 0.42, "", seen.prompt, (-1, 1), "believed $x_0$")
-        page.arrow((x + 0.39, 3.8), (x + 0.3, 4.03), color="0.5")
+        page.arrow((x + 0.3, 3.8), (x + 0.21, 4.03), color="0.5")
         page.arrow((x + 0.8, 3.39), (x + 1.16, 3.39))
-    page.picture(seen.made, 6.5, 3.0, 1.0, "out", seen.prompt, (0, 1), f"after {len(seen.chain)} passes")
+        page.network(seen.channels, x + 0.86, 3.14, 0.18, scale=0.22, numbers=False)
+    page.picture(seen.made, 6.5, 3.0, 1.0, "generated", seen.prompt, (0, 1),
+                 f"after {len(seen.chain)} passes" + (f", {len(shown)} shown" if len(shown) < len(seen.chain) else ""))
 
 # %% ../../nbs/lib/report/67_schematic.ipynb #f0ab952f
 def draw_control(seen, others: dict, made, made_prompt: str, profile: str = "paper"):
     "Inputs above, branch and backbone between, outputs below, from `fluogen.tasks.live.trace_control`."
     with picture_style():
-        page = Page(7.0, 6.3)
+        page = Page(7.0, 6.4)
         _draw_inputs(page, seen, others, made_prompt)
         _draw_branch(page, seen)
         _draw_outputs(page, seen, others, made, made_prompt)
@@ -146,7 +148,7 @@ def _draw_inputs(page, seen, others, made_prompt):
                  f"{len(np.unique(others['mask'])) - 1} cells")
     page.box(5.45, 0.4, 1.05, 1.05, "white")
     page.text(5.97, 0.92, made_prompt.replace(" of ", "\nof "), 9)
-    page.text(5.97, 0.33, "text", 7)
+    page.text(5.97, 0.33, "text alone", 7)
 
 
 def _light_range(others):
@@ -154,23 +156,24 @@ def _light_range(others):
 
 
 def _draw_branch(page, seen):
-    page.picture(seen.start, 0.35, 2.0, 0.7, "noise", "gray", (-3, 3))
-    page.arrow((0.7, 2.74), (0.7, 2.95))
-    page.network((48, 80, 96), 0.3, 3.05, 0.9)
-    page.text(0.85, 4.1, "backbone: frozen in\nthe paper, tuned here", 6)
-    page.network((48, 80, 96), 5.7, 2.1, 0.9, "#c9d8a9", down_only=True)
-    page.text(6.0, 3.12, "control branch:\ncopy of the way down", 6.5)
-    page.arrow((6.0, 1.68), (6.0, 1.98))
+    page.arrow((0.87, 1.68), (0.87, 1.98))
+    page.network(seen.channels, 0.45, 2.1, 0.9, "#c9d8a9", down_only=True)
+    page.text(0.82, 3.17, "control branch:\na copy of the\nbackbone's way down", 6)
+    page.arrow((1.2, 2.55), (1.53, 2.55))
     page.box(1.55, 1.95, 3.9, 2.4)
-    page.text(3.5, 2.07, "what the branch adds (rms over channels; share of what it is added to)", 6.5)
-    top = max(float(image.max()) for _, image, _ in seen.residuals)
+    page.text(3.5, 2.07, "what the branch adds, map by map (share of what it is added to)", 6.5)
     for number, (name, image, share) in enumerate(seen.residuals):
         x, y = 1.66 + number % 4 * 0.95, 2.32 + number // 4 * 1.02
-        page.picture(image, x, y, 0.72, name, "gray", (0, min(top, float(image.max()))),
-                     f"{image.shape[0]}², {share:.1%}")
-    page.arrow((5.66, 2.6), (5.47, 2.6))
-    page.arrow((1.53, 3.4), (1.3, 3.4))
-    page.arrow((0.9, 4.3), (0.9, 4.66))
+        page.picture(image, x, y, 0.72, name, "gray", (0, float(image.max())), f"{image.shape[0]}², {share:.0%}")
+    page.text(4.87, 3.7, "a map: strength over\nall channels, bright\nis more; fine maps\nfirst, coarse last", 5.5, color="0.35")
+    page.arrow((5.47, 3.5), (5.64, 3.5))
+    page.picture(seen.start, 5.75, 2.0, 0.6, "noise", "gray", (-3, 3))
+    page.arrow((6.05, 2.64), (6.05, 3.0))
+    page.arrow((6.6, 1.68), (6.6, 3.0))
+    page.text(6.66, 1.85, "text", 6, rotation=90, va="center", color="0.35")
+    page.network(seen.channels, 5.66, 3.05, 0.9)
+    page.text(6.24, 4.12, "backbone: frozen in\nthe paper, tuned here", 6)
+    page.arrow((6.24, 4.3), (6.24, 4.66))
 
 
 def _draw_outputs(page, seen, others, made, made_prompt):

@@ -89,6 +89,7 @@ class Control:
     truth: np.ndarray           # (H, W) unit range
     enlarged: np.ndarray        # (H, W) bicubic
     start: np.ndarray           # (H, W) noise
+    channels: tuple             # of the U-Net's levels
     residuals: list             # [(name, (h, w) root mean square over channels, share of the skip that it is added to)]
     restored: np.ndarray        # (H, W) unit range
     blank: float                # largest residual of a branch before training
@@ -119,7 +120,7 @@ def trace_control(weights: Weights, structure: str = "microtubules", t: int = 30
     enlarged = upsample(condition, 2).clamp(0, 1)
     fresh = ControlBranch.from_backbone(net)(x_t, when, states, condition)
     psnr = lambda image: -10 * float((image - pair.target).square().mean().log10())
-    return Control(pair.prompts[0], flat(condition), flat(pair.target), flat(enlarged), flat(noise), rows,
+    return Control(pair.prompts[0], flat(condition), flat(pair.target), flat(enlarged), flat(noise), net.config.channels, rows,
                    flat(restored),
                    max(float(r.abs().max()) for r in (*fresh.skips, fresh.mid)), len(rows),
                    len(BackboneConfig.paper().skip_channels) + 1,
