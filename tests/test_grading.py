@@ -81,6 +81,16 @@ def test_no_grades_is_one_line(monkeypatch, tmp_path):
         grading.grade_prior(tmp_path, tmp_path, per_prompt=10)
 
 
+def test_the_note_by_eye_is_about_the_shipped_prior():
+    "New weights, new pictures: look at figure 3 again and write the note `What still looks wrong` anew, with their id."
+    from tree import ROOT
+
+    from fluogen.diffusion.zoo import load_weights
+    cells = json.loads((ROOT / "nbs" / "fig3_synthesis.ipynb").read_text())["cells"]
+    note = "".join(cells[-1]["source"])
+    assert f"`{load_weights('fluogen-nano').id}`" in note and "seed" in note
+
+
 def test_blocks_know_their_prompts(toy, tmp_path):
     from fluogen.diffusion.zoo import load_weights
     images, seconds = draw_way(load_weights(toy), "guidance 2", 8, tmp_path, size_px=32, precision="fp32")

@@ -130,7 +130,7 @@ def figure_claims(record: dict | None, why: str, seconds: float | None = None) -
                               f"{accuracy} of held-out scenes"),
              "no_copies": dict(measured=copies["share"], at_most=copies["limit"],
                                why=f"{copies['flagged']} of {copies['n']} below the 1 % quantile of "
-                               f"{copies['held_out']} held-out scenes, {copies['training']} training scenes; the bound is what "
+                               f"{copies['held_out']} held-out scenes, {copies['training']} scenes of the last training; the bound is what "
                                "chance explains, 95 %"),
              "planted_copies": dict(measured=copies["planted_found"] / copies["planted"],
                                     why=f"{copies['planted']} copies"),
