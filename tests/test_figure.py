@@ -2,6 +2,7 @@
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib_scalebar.scalebar import ScaleBar
 from PIL import Image
 from scipy import ndimage
@@ -75,11 +76,23 @@ def test_scale_bar_has_its_length():
     assert axis.get_xlim() == (0, 4.0) and axis.get_ylim() == (4.0, 0)
 
 
+@pytest.mark.parametrize("corner", [(0, 0), (0, 3.1), (2.2, 3.1), (1.5, 3.1), (0.2, 2.6), (2.2, 0)])
+def test_the_bar_does_not_lie_over_the_frame(corner):
+    dark = {"ER": {"truth": np.eye(64) * 1e-6}}
+    figure = image_grid(dark, 4.0, reference="truth", zooms={"ER": (*corner, 1.8)}, ranges={"ER": (0, 1)})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[::-1, :, :3].min(2)               # as matplotlib counts, from below
+    panel, frame = figure.axes[0].get_window_extent(), figure.axes[0].patches[0].get_window_extent()
+    bright = [(pixels[int(box.y0) + 3:int(box.y1) - 2, int(box.x0) + 3:int(box.x1) - 2] > 200).sum() for box in (frame, panel)]
+    assert bright[0] == 0 and bright[1] > 50                                    # the bar is somewhere else
+
+
 @pytest.mark.parametrize("columns", [2, 7])
 def test_a_caption_lies_below_the_panels_and_beside_the_profile(columns):
     words = "Simulated scenes and microscopes, held out; the first of 4 fields a structure; frames are shown larger below."
     figure = image_grid(panels(columns=("truth", *"abcdefg"[:columns - 1])), 4.0, reference="truth", profile="laptop", caption=words)
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     caption, corner = (next(text for text in figure.texts if text.get_text().startswith(start)) for start in ("Simulated", "profile"))
     assert caption.get_text().replace("\n", " ") == words and ("\n" in caption.get_text()) == (columns == 2)
     box = caption.get_window_extent()
@@ -96,7 +109,7 @@ def test_no_legend_lies_over_a_curve():
     rows += [{"method": "untuned", "seed": s, "pairs": 0, "ever": [20.0]} for s in (0, 1)]
     both, one = draw_curves({"rows": rows}, "laptop"), draw_curves({"rows": [r for r in rows if r["method"] in ("fluogen", "care")]})
     for figure in (live.figure(), both, one):
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
         legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
         boxes = [legend.get_window_extent() for legend in legends]
         assert boxes and not any(box.overlaps(axis.get_window_extent()) for box in boxes for axis in figure.axes)

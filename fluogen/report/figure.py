@@ -129,9 +129,11 @@ def _draw_row(axes, strips, images, columns, field_um, lut, limits, zoom):
 
 
 def _add_bar(axis):
-    "A scale bar with its length in micrometres; the axis is in micrometres already."
+    "A scale bar with its length in micrometres, not over the frame; the axis is in micrometres already."
     from matplotlib_scalebar.scalebar import ScaleBar
-    axis.add_artist(ScaleBar(1, "um", location="lower left", color="white", box_color="black", box_alpha=0.6,
+    right, bottom = axis.get_xlim()[1], axis.get_ylim()[0]
+    taken = any(box.get_x() < 0.45 * right and box.get_y() + box.get_height() > 0.75 * bottom for box in axis.patches)
+    axis.add_artist(ScaleBar(1, "um", location="upper left" if taken else "lower left", color="white", box_color="black", box_alpha=0.6,
                              length_fraction=0.3, scale_loc="top", width_fraction=0.015, border_pad=0.2, pad=0.15,
                              sep=1, font_properties={"size": 7.5}))
 
