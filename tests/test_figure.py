@@ -156,6 +156,18 @@ def test_pictures_stay_small_and_readable(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["figure.png"]
 
 
+def test_few_colours_draw_no_contour_lines(tmp_path):
+    "Soft structures in the colours of figure 3, of which a palette chosen without care leaves steps."
+    import io
+    prompts = ("RNA of U2OS", "ER of COS-7", "Nuclei of PC-3", "ER of U2OS", "F-actin of COS-7")
+    soft = {p: {str(i): ndimage.gaussian_filter(scene(5 * i + k) ** 2, 4) for i in range(2)} for k, p in enumerate(prompts)}
+    figure = image_grid(soft, 8.0, reference="0")
+    path, raw = save_picture(figure, tmp_path / "figure.png", max_kb=90), io.BytesIO()
+    figure.savefig(raw, format="png", dpi=round(Image.open(path).info["dpi"][0]))
+    few, all_colours = (np.asarray(Image.open(file).convert("RGB"), float) for file in (path, raw))
+    assert Image.open(path).mode == "P" and np.percentile(np.abs(few - all_colours).max(2), 99) <= 20
+
+
 def test_style_leaves_no_trace():
     before = dict(matplotlib.rcParams)
     with picture_style():

@@ -243,7 +243,7 @@ def save_picture(
         raw, packed = io.BytesIO(), io.BytesIO()
         figure.savefig(raw, format="png", dpi=dpi)
         if raw.tell() > 1000 * max_kb:
-            colours = Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            colours = Image.open(raw).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)
             colours.save(packed, "png", optimize=True, dpi=(dpi, dpi))
         else:
             packed = raw
