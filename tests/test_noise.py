@@ -12,7 +12,7 @@ from fluogen.data.noise import (NoiseError, NoiseModel, estimate_noise, estimate
                                 estimate_noise_pair, points_of_image)
 from fluogen.data.optics import Camera, bin_to_camera, detect, widefield
 from fluogen.data.phantom import STRUCTURES, render
-from fluogen.data.stabilise import stabilise, unstabilise
+from fluogen.data.stabilise import lighten, stabilise
 
 FMD = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "denoise_pairs" / "fmd"
 CAMERA = Camera(offset_counts=100, gain=2.0, read_noise=1.6)
@@ -189,8 +189,9 @@ def test_stabilised_and_back(read_noise):
         counts = 50 + 3.0 * (rng.poisson(photons, 200_000) + rng.normal(0, read_noise, 200_000))
         stable = stabilise(counts, noise)
         assert stable.std() == pytest.approx(1, abs=0.08)
-        back = (float(unstabilise(stable.mean(), noise)) - 50) / 3
-        assert back == pytest.approx(photons, abs=0.05 + 4 * np.sqrt((photons + read_noise**2) / 200_000))
+        low, high = stabilise((50, 9050), noise)                                    # 0 and 3000 photoelectrons as light 0 and 1
+        light = lighten((stable.mean() - low) / (high - low), 1 / (high - low), low / (high - low))
+        assert 3000 * light == pytest.approx(photons, abs=0.05 + 4 * np.sqrt((photons + read_noise**2) / 200_000))
 
 
 def test_an_estimated_model_stabilises_a_picture(light):
