@@ -10,8 +10,7 @@ from fluogen.tasks import grading
 from fluogen.tasks.encoder import load_encoder
 from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_grades, tell
 from fluogen.tasks.grading import BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes
-from fluogen.tasks.prior import prior_rounds
-from fluogen.tasks.scenes import PAPER_PROMPTS
+from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt")         # the toy knows three prompts
@@ -55,7 +54,7 @@ def test_planted_copies_are_found_among_honest_pictures(scenes):
 
 def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "training_scenes", lambda weights, most: shrink_pictures(held_out_scenes(2, 9)[0]))
-    monkeypatch.setattr(grading, "prior_rounds", lambda seed: prior_rounds(seed, n=32))
+    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed: Rounds(simulate, seed, n=32))
     monkeypatch.setattr(grading, "BLOCK", 1)
     monkeypatch.setattr(grading, "SHARE", {"guidance 2": 2})
     said, run = [], lambda: grading.grade_prior(tmp_path, tmp_path / "work", toy, 4, say=said.append, size_px=64, precision="fp32")

@@ -27,9 +27,8 @@ from ..metrics.pictures import (as_stack, average_over_labels, histogram_distanc
                                       spectrum_distance, wasserstein_distance)
 from .encoder import Encoder, default_encoder, embed
 from .generate import GenerateSettings, generate
-from .prior import prior_rounds
 from .records import keep_record
-from .scenes import PAPER_PROMPTS
+from .scenes import PAPER_PROMPTS, Rounds
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #3fd6658e
 class GradingError(FluogenError):
@@ -89,7 +88,7 @@ def held_out_scenes(per_prompt: int, seed: int = 0) -> tuple[np.ndarray, list[st
 def trained_rounds(weights):
     "The rounds that a prior was trained on, drawn again from the seed in its recipe."
     found = weights.config["card"]["recipe"].split("--seed ")[1:]
-    return prior_rounds(int(found[0].split()[0]) if found else 0)
+    return Rounds(simulate_targets, int(found[0].split()[0]) if found else 0)
 
 
 def training_scenes(weights, most: int | None = None) -> np.ndarray:
