@@ -68,6 +68,14 @@ def test_claims_follow_the_record():
     assert claims["direct_speed"].measured == pytest.approx(0.4 / 4 * 10 / 0.05)
     assert claims["few_pairs"].holds is None and "many" in claims["few_pairs"].why     # nobody measured it
     assert "Did not hold" in fig4_claims.tell(record, list(claims.values()), True)
+    assert "4 passes took 0.40 s a field" in claims["few_passes"].why
+
+
+def test_what_learned_nothing_stands_beside_every_draw():
+    record = made_up_record()
+    record["rows"] += [dict(r, way=way) for r in record["rows"] if (r["way"], r["seed"]) == ("care", 0) for way in ("untuned", "many")]
+    draws = {way: scoring.compare(record, ("direct", "ever"), (way, "ever"), "psnr").n_seeds for way in ("untuned", "many", "scratch", "bicubic")}
+    assert draws == {"untuned": 2, "many": 1, "scratch": 2, "bicubic": 2}
 
 
 def test_nothing_is_claimed_without_a_record():

@@ -189,7 +189,8 @@ def table_of(record: dict, kind: str, metric: str, way: str, which: str = "ever"
 
 def list_seeds(record: dict, kind: str, way: str, which: str = "ever") -> set:
     "Draws of the pairs that a way was scored on; {None} for a method that learns nothing."
-    return {r["seed"] for r in record["rows"] if (r["kind"], r["way"], r["which"]) == (kind, way, which)}
+    found = {r["seed"] for r in record["rows"] if (r["kind"], r["way"], r["which"]) == (kind, way, which)}
+    return {None} if found and way in METHODS and not METHODS[way].n_pairs else found
 
 
 def best_baseline(record: dict, metric: str = "psnr") -> tuple[str, str]:
@@ -206,6 +207,7 @@ def compare(record: dict, first: tuple, second: tuple, metric: str, kind: str = 
     both = one if two == {None} else two if one == {None} else one & two
     if not both:
         raise RecordError("no draw of the pairs in common", where=f"{first[0]} and {second[0]}")
-    difference = (table_of(record, kind, metric, *first, both) - table_of(record, kind, metric, *second, both))[:, keep]
+    tables = [table_of(record, kind, metric, *way, None if its == {None} else both) for way, its in ((first, one), (second, two))]
+    difference = (tables[0] - tables[1])[:, keep]
     groups = (record.get("groups") or {}).get(kind)
     return paired_interval(difference, groups=np.array(groups)[keep] if groups else None, strata=kinds[keep])
