@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'FINE', 'shrink_pictures', 'turn_pictures', 'find_nearest', 'rank_of', 'CopyCheck', 'check_copies']
 
 # %% ../../nbs/lib/metrics/19_copies.ipynb #9e7e3e51
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -84,6 +84,7 @@ class CopyCheck:
     held_out: np.ndarray    # (K,) the same of held-out pictures
     threshold: float        # the quantile of `held_out`
     level: float            # which quantile
+    scale: dict = field(default_factory=dict)       # label -> median held-out distance that distances were divided by
 
     @property
     def share(self) -> float: return float(self.flagged.mean())
@@ -109,7 +110,7 @@ def check_copies(
 ) -> CopyCheck:
     "Which generated pictures are suspiciously near to a training picture."
     distance, nearest = find_nearest(images, training)
-    normal, _ = find_nearest(held_out, training)
+    normal, scale = find_nearest(held_out, training)[0], {}
     if len(normal) * level < 1:
         raise MetricError("too few held-out pictures for the quantile", where="held_out", found=len(normal),
                           expected=f"{1 / level:g} or more")
@@ -122,4 +123,4 @@ def check_copies(
         distance = distance / np.array([scale[label] for label in labels])
         normal = normal / np.array([scale[label] for label in held_labels])
     threshold = float(np.sort(normal)[rank_of(level, len(normal)) - 1])
-    return CopyCheck(distance < threshold, nearest, distance, normal, threshold, level)
+    return CopyCheck(distance < threshold, nearest, distance, normal, threshold, level, scale)

@@ -132,9 +132,7 @@ def grade_copies(images, prompts: list, real, real_prompts: list, training: np.n
     "Share of pictures that are suspiciously near to a training scene, and of planted copies that are found; the nearest pairs."
     check = check_copies(images, training, real, prompts, real_prompts)
     distance, _ = find_nearest(disguise(planted[0]), training)
-    normal, _ = find_nearest(real, training)
-    scale = {prompt: np.median(normal[np.array(real_prompts) == prompt]) for prompt in set(real_prompts)}
-    found = distance / np.array([scale[prompt] for prompt in planted[1]]) < check.threshold
+    found = distance / np.array([check.scale[prompt] for prompt in planted[1]]) < check.threshold
     order = np.argsort(check.distance)[:6]
     return {"share": check.share, "limit": check.limit, "excess": check.excess, "flagged": int(check.flagged.sum()),
             "n": len(check.flagged),
@@ -162,6 +160,7 @@ def grade_prior(
         raise GradingError("number of pictures", where="per_prompt", found=per_prompt,
                            expected=f"a multiple of {BLOCK}, at least {2 * BLOCK}")
     weights, encoder, folder = load_weights(model), encoder or default_encoder(), Path(out) / "generation"
+    weights.backbone.to(memory_format=torch.channels_last)                  # a sixth less time
     work = Path(work) / weights.id.replace("@", "-")
     real, real_prompts = held_out_scenes(per_prompt, 0)
     other, other_prompts = held_out_scenes(per_prompt, 1)
