@@ -313,7 +313,7 @@ def test_unbound_or_unstated_is_refused(calibration, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda t: t[:-30], lambda t: "", lambda t: "[]", lambda t: "{}", lambda t: t.replace("0.1,", "0.2,"),
-                                    lambda t: t.replace("betting", "binomial"), lambda t: t.replace("calibration 1", "calibration 9"),
+                                    lambda t: t.replace("betting", "binomial"), lambda t: t.replace("calibration 2", "calibration 1"),
                                     lambda t: t.replace('"seed": 0', '"seed": 1'), lambda t: "null", lambda t: "\x00\xff"])
 def test_damaged_files(calibration, damage, tmp_path):
     path = tmp_path / "c.json"

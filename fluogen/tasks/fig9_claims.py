@@ -43,6 +43,7 @@ def measure(facts: dict, calibration) -> dict:
     seconds, width = ({name: row[key] for name, row in ways.items()} for key in ("seconds", "width"))
     best, three = width["direct, quantiles"], width["three chains (paper)"]
     worst, noisy = (max(part.items(), key=lambda item: item[1].mean) for part in (d.labels, facts["signal"]))
+    kinds = ("blur x 1.5", "gain x 2")
     whole = lambda risks: dict(measured=None, why="name a manifest with -p real") if risks is None else dict(
         measured=share_kept(risks, alpha), why=f"mean risk {np.nanmean(risks):.3f}, {np.isnan(risks).sum()} of {len(risks)} refused; "
         "the splits overlap, so no interval")
@@ -58,8 +59,9 @@ def measure(facts: dict, calibration) -> dict:
             "structure": dict(measured=worst[1].mean, ci95=(worst[1].low, worst[1].high), why=f"worst: {worst[0]}"),
             "signal": dict(measured=noisy[1].mean, ci95=(noisy[1].low, noisy[1].high), why=f"worst: {noisy[0]}"),
             "quiet": dict(measured=max(facts["guard"]["as calibrated"]), why="one by one and twenty at a time, the greater"),
-            "drift_one": dict(measured=min(facts["guard"][kind][0] for kind in ("blur x 1.5", "gain x 2"))),
-            "drift": dict(measured=min(facts["guard"][kind][1] for kind in ("blur x 1.5", "gain x 2"))),
+            "drift_one": dict(measured=min(facts["guard"][kind][0] for kind in kinds),
+                              why=" and ".join(f"{kind} {facts['guard'][kind][0]:.0%}" for kind in kinds) + f" of {d.images} fields each"),
+            "drift": dict(measured=min(facts["guard"][kind][1] for kind in kinds)),
             "another": dict(measured=facts["guard"]["another structure"][1], why="risk of the worst: " + "{} {:.3f}".format(
                 *max(((name, risk) for name, (_, risk) in facts["left"].items()), key=lambda item: item[1])))}
 
@@ -100,9 +102,9 @@ def summarise(facts: dict) -> list[dict]:
             add("all", name, metric, row[metric], row["n"])
     for name, shares in facts["guard"].items():
         for metric, share in zip(("turned away, one by one", "turned away, together"), shares):
-            add(name, "guard", metric, share, d.images)
+            add(name, "guard", metric, share, len(facts["left"]) if name == "another structure" else d.images)
     for name, (share, risk) in facts["left"].items():
-        add(f"without {name}", "certified", "risk", risk, d.images)
+        add(f"without {name}", "certified", "risk", risk, d.labels[name].n_fields)
     for name, risks in (("splits", facts["risks"]), ("real splits", facts["real"])):
         if risks is not None:
             add("all", name, "mean risk", np.nanmean(risks), len(risks))
