@@ -89,9 +89,9 @@ def run_generate(args) -> int:
     _say(f"{weights.id} on {device}, {len(args.prompts)} prompt{'s' * (len(args.prompts) > 1)} x {args.n}")
     found = list(generate_files(args.prompts, args.n, settings, weights, args.out, args.suffix,
                                 callback=lambda done, of, show=Progress(1): show(Path("pictures"), done, of)))
-    for path, _ in found:
-        print(path, flush=True)
-    _say(f"{len(found)} synthetic picture{'s' * (len(found) > 1)} in {args.out}, {sum(there for _, there in found)} there already; "
+    print(*(path for path, _ in found), sep="\n", flush=True)
+    kept = sum(there for _, there in found)
+    _say(f"{len(found)} synthetic picture{'s' * (len(found) > 1)} in {args.out}{f', {kept} of them there already' * (kept > 0)}; "
          "look before you use them")
     return 0
 
