@@ -182,7 +182,7 @@ def add_train(commands):
     add("--seed", type=int, default=0, help="of weights, scenes and order (default 0)")
     add("--seeds", type=int, nargs="+", help="bench30, brightness: training seeds")
     add("--per-prompt", type=int, default=64, help="score-prior: pictures of each prompt, a multiple of 4 (default 64)")
-    add("--methods", nargs="+", help="bench…: methods (default: all)")
+    add("--methods", nargs="+", help="bench…: methods (default: all; bench30: the columns of figure 4)")
     add("--seconds", type=float, default=60.0, help="bench…: the common time a method")
     add("--workers", type=int, default=1, help="bench…: methods trained at once")
     add("--dataset", default="simulated", help="bench30: simulated (default), or clean images under a simulated microscope; "
