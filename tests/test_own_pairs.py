@@ -208,6 +208,17 @@ def test_test_rows_are_left_out_and_val_rows_stop_the_training(tmp_path):
     assert set(held.groups) == {"cell1"} and set(training.groups) == {"cell0", "cell3"}
 
 
+def test_nothing_is_learned_from_the_cells_of_the_split_test(tmp_path):
+    manifest = write_manifest(tmp_path, [((32, 32), 2, group) for group in ("a", "b", "c", "a", "d")])
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[3] |= {"split": "test"}
+    lines.append({**lines[3], "image": lines[2]["image"], "conditioning_image": lines[2]["conditioning_image"], "group": "z"})
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs, notes = read_pairs(manifest)
+    assert set(pairs.groups) == {"b", "d"}                              # a shares a cell with the test, c a file
+    assert any("2 more left out" in note for note in notes)
+
+
 def test_weights_that_ship_keep_their_names(tmp_path):
     with pytest.raises(OwnPairsError, match="ship with the package"):
         adapt(tmp_path, "nano-sr-direct")

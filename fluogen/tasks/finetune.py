@@ -58,6 +58,10 @@ class Pairs:
         "Some of the pairs, in the order given."
         return Pairs(self.target[rows], self.condition[rows], [self.prompts[i] for i in rows], [self.groups[i] for i in rows])
 
+    def to(self, device) -> "Pairs":
+        "The same pairs on a device."
+        return Pairs(self.target.to(device), self.condition.to(device), self.prompts, self.groups)
+
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #b4eee6bc
 def draw_batch(
     pairs: Pairs,
@@ -220,7 +224,7 @@ def fit(
                             hint="Split by cell or field of view, never by crop.")
     device = next(fitter.modules.parameters()).device
     start = {name: value.clone() for name, value in fitter.modules.state_dict().items()}
-    pairs, validation = _to(pairs, device), _to(validation, device)
+    pairs, validation = pairs.to(device), validation.to(device)
     settings = TrainConfig(steps=config.steps, minutes=config.minutes, lr=config.lr, warmup=config.warmup, seed=config.seed,
                            weight_decay=config.weight_decay, ema_decay=config.ema_decay, precision=config.precision,
                            accumulate=config.accumulate, checkpoint_minutes=0.5, validate_every=config.validate_every,
@@ -232,7 +236,3 @@ def fit(
     load_trained(fitter.modules, folder, "best")
     blend_weights(fitter.modules, start, config.blend)
     return result
-
-
-def _to(pairs: Pairs, device) -> Pairs:
-    return Pairs(pairs.target.to(device), pairs.condition.to(device), pairs.prompts, pairs.groups)

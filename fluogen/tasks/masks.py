@@ -22,7 +22,7 @@ from ..diffusion.control import ControlConfig
 from ..diffusion.zoo import load_weights, save_weights
 from .bench30 import BENCH_CONFIG
 from .finetune import ControlFitter, FitConfig, Pairs
-from .own_pairs import OwnPairsError, fit_again, gather_tiles, place_weights, set_aside
+from .own_pairs import OwnPairsError, check_plane, fit_again, gather_tiles, place_weights, set_aside
 from .recipes import module_configs
 
 # %% ../../nbs/lib/tasks/51_masks.ipynb #d17ec0c5
@@ -34,10 +34,7 @@ def read_mask_pair(record, norm: str = NORM) -> tuple[torch.Tensor, torch.Tensor
     if not record.conditioning_image:
         raise OwnPairsError("an image without a mask", where=record.image, hint="Give image (measured) and conditioning_image (mask).")
     image, mask = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path)
-    if image.array.ndim != 2:
-        raise OwnPairsError("not a plane of grey values", where=image.path, found=image.axes, expected="YX")
-    if not np.isfinite(image.array).all() or image.array.min() == image.array.max():
-        raise OwnPairsError("constant, or pixels that are no numbers", where=image.path, found=f"minimum {image.array.min()}")
+    check_plane(image)
     shown = show_labels(mask.array, norm, mask.path)
     if mask.array.shape != image.array.shape:
         raise OwnPairsError("image and mask differ in size", where=mask.path, found=f"{image.array.shape} and {mask.array.shape}")
@@ -179,7 +176,7 @@ def adapt_masks(
     config = config or replace(MASK_CONFIG, seed=seed, minutes=minutes)
     training, held = set_aside(source, pairs, notes, fitter, config, seed, say)
     place = next(fitter.modules.parameters()).device
-    held = Pairs(held.target.to(place), held.condition.to(place), held.prompts, held.groups)
+    held = held.to(place)
     before = fitter.judge(fitter.modules, held)
     result = fit_again(fitter, training, held, config, Path(work) / name, callback, progress, weights.id)
     made = judge_drawer(fitter, held, name, folder, before, len(training), result.step)
