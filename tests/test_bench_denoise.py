@@ -126,3 +126,12 @@ def test_a_curve_holds_only_what_every_laboratory_was_fitted_at():
     rows = [{"method": m, "seed": s, "pairs": n, "ever": [20.0 + s + n]} for m, n, s in (("fluogen", 2, 0), ("fluogen", 2, 1), ("fluogen", 5, 0), ("norms", 2, 0))]
     assert {m: list(c) for m, c in fig5b.curves({"rows": rows}).items()} == {"fluogen": [2]}
     assert fig5b.best_tuning({"rows": rows}) is None and fig5b.curves({"rows": []}) == {}
+
+
+def test_the_minutes_of_a_tuning_are_those_of_the_slowest_fit():
+    from fluogen.tasks import fig5b
+    fits = [{"method": "fluogen", "pairs": 30, "seconds a step": pace} for pace in (0.1, 0.3)] + [
+        {"method": "care", "pairs": 30, "seconds a step": 9.0}, {"method": "fluogen", "pairs": 2, "seconds a step": 9.0}]
+    claim, = (c for c in fig5b.figure_claims({"rows": [], "fits": fits}) if c["id"] == "tuning_minutes")
+    assert abs(claim["measured"] - 0.3 * 1000 / 60) < 1e-9 and "slowest of 2 fits" in claim["why"]
+    assert fig5b.figure_claims(None)[-1]["measured"] is None

@@ -129,7 +129,8 @@ def run_method(
     result = fit(fitter, pairs, validation, config, folder, callback=keep)
     report = {
         "method": method, "seed": seed, "seconds": seconds, "seconds a step": round(step_s, 4), "steps in time": in_time,
-        "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3), "parameters": count_free(fitter),
+        "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3),
+        "parameters": count_free(fitter),
         "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": asdict(config)}
     keep_record(folder / "result.json", report, 1)
     return report

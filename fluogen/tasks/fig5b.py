@@ -10,6 +10,7 @@ __all__ = ['CONVENTIONS', 'NAMES', 'usable_methods', 'curves', 'summarise', 'for
 import numpy as np
 
 from ..diffusion.zoo import list_weights
+from .bench30 import TUNE_CONFIG
 from .bench_pairs import FEW, METHODS, TUNINGS, curve_of, find_crossing, interval_of
 
 # %% ../../nbs/lib/tasks/76_fig5b.ipynb #74ac253f
@@ -87,6 +88,11 @@ def figure_claims(record: dict | None) -> list[dict]:
             ("three_hundred", "CARE with 300 pairs is not yet above FluoGen with 300", ("fluogen", 300), ("care", 300),
              dict(at_least=0.0))):
         made.append(dict(id=name, claim=claim, source="issue: your own 30 images", unit="dB", **threshold, **_ahead(record, first, second)))
+    paces = [fit["seconds a step"] for fit in (record or {}).get("fits", ()) if (fit["method"], fit["pairs"]) == ("fluogen", 30)]
+    made.append(dict(id="tuning_minutes", claim="all the steps that fluogen finetune takes at most, thirty pairs", unit="min", at_most=20,
+                     source="issue: your own 30 images", measured=max(paces) * TUNE_CONFIG.steps / 60 if paces else None,
+                     why=f"{TUNE_CONFIG.steps} steps of {TUNE_CONFIG.batch} crops of {TUNE_CONFIG.crop_px}² (larger pairs give more crops, not dearer steps), "
+                         f"the slowest of {len(paces)} fits" if paces else "not in the record yet: fluogen train bench-pairs"))
     return made
 
 
@@ -97,9 +103,9 @@ def tell(record: dict | None) -> str:
     parts = []
     for theirs in ("care", "scratch"):
         if {"fluogen", theirs} <= set(curves(record)):
-            where = find_crossing(record, "fluogen", theirs)
-            parts.append(f"{NAMES[theirs]} comes level with FluoGen at about {where:.0f} pairs." if where else
-                         f"{NAMES[theirs]} nowhere comes level with FluoGen from below, up to the largest number measured.")
+            where, name = find_crossing(record, "fluogen", theirs), NAMES[theirs][0].upper() + NAMES[theirs][1:]
+            parts.append(f"{name} comes level with FluoGen at about {where:.0f} pairs." if where else
+                         f"{name} nowhere comes level with FluoGen from below, up to the largest number measured.")
     best = best_tuning(record)
     parts += [f"Of the ways of tuning, {NAMES[best]} is best over 2 to 30 pairs."] if best else []
     return " ".join(parts)
