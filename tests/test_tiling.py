@@ -23,6 +23,7 @@ COUNT = 1000 if os.environ.get("FLUOGEN_BATTERY") == "full" else 100
 CASES = [draw_case(random.Random(seed)) for seed in range(COUNT)]
 
 
+@pytest.mark.battery
 def test_identity_is_exact_whatever_the_sizes():
     generator = torch.Generator().manual_seed(0)
     for H, W, tile, overlap, multiple, scale in CASES:
@@ -33,6 +34,7 @@ def test_identity_is_exact_whatever_the_sizes():
         assert (out - grow(image)).abs().max() <= 1e-6, (H, W, tile, overlap, multiple, scale)
 
 
+@pytest.mark.battery
 def test_weights_sum_to_one_everywhere():
     "With the answer 1 everywhere, the blend is the sum of the weights over their sum, pixel by pixel."
     for H, W, tile, overlap, multiple, scale in CASES:
@@ -41,6 +43,7 @@ def test_weights_sum_to_one_everywhere():
         assert (out - 1).abs().max() <= 1e-6
 
 
+@pytest.mark.battery
 def test_what_the_network_is_given():
     "Sizes it takes, all alike, on its grid, inside the padded picture; each tile once."
     for H, W, tile, overlap, multiple, _ in CASES:
