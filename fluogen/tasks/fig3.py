@@ -124,10 +124,11 @@ def figure_claims(record: dict | None, why: str, seconds: float | None = None) -
     if record is None:
         return [claim | dict(measured=None, why=why, ci95=None) for claim in base.values()] + timed
     best, copies, compared = record["grades"]["ten passes"], record["copies"], record["compared"]
+    floor = record["grades"]["held-out scenes"]
     accuracy = f"{record['classifier']:.3f}" if record["classifier"] else "unknown"
     found = {"fidelity": dict(measured=best["fidelity"], ci95=best["fidelity_ci95"],
-                              why=f"{best['n']} pictures; the classifier itself is right on "
-                              f"{accuracy} of held-out scenes"),
+                              why=f"{best['n']} pictures; the classifier itself is right on {floor['fidelity']:.3f} of as many "
+                              f"held-out scenes at the same exposures ({accuracy} at full exposure, says its card)"),
              "no_copies": dict(measured=copies["share"], at_most=copies["limit"],
                                why=f"{copies['flagged']} of {copies['n']} below the 1 % quantile of "
                                f"{copies['held_out']} held-out scenes, {copies['training']} scenes of the last training; the bound is what "
@@ -136,7 +137,7 @@ def figure_claims(record: dict | None, why: str, seconds: float | None = None) -
                                     why=f"{copies['planted']} copies"),
              "brightness": dict(measured=best["brightness"],
                                 why="Wasserstein distance of mean intensity, mean over prompts; held-out scenes against each "
-                                f"other {record['grades']['held-out scenes']['brightness']:.4f}")}
+                                f"other {floor['brightness']:.4f}")}
     for name, key in (("half_the_passes", "ten passes / DDPM 20"), ("guidance", "guidance 2 / ten passes")):
         one = compared[key]
         interval = interval_of(one)
@@ -161,7 +162,8 @@ def tell(record: dict | None, why: str) -> str:
                          share in best["confused"][:3] if share > 0.02) or "nothing above 2 %"
     weakest = sorted(best["diversity_by_prompt"].items(), key=lambda pair: pair[1])[:3]
     return "\n".join([
-        f"Prompts are obeyed in {best['fidelity']:.1%} of {best['n']} pictures. Confused: {confused}.",
+        f"Prompts are obeyed in {best['fidelity']:.1%} of {best['n']} pictures, where {floor['fidelity']:.1%} of held-out scenes are "
+        f"recognised. Confused: {confused}.",
         f"Precision {best['precision']:.2f} and recall {best['recall']:.2f}, where held-out scenes reach "
         f"{floor['precision']:.2f} and {floor['recall']:.2f}; "
         f"kernel distance {best['kernel']:.3f} (scenes against each other {floor['kernel']:.4f}).",
