@@ -8,8 +8,8 @@ from toys import TINY, make_weights, save_toy, shake
 
 from fluogen.core import make_generator
 from fluogen.diffusion.direct import DirectConfig, restore_direct
-from fluogen.diffusion.quantiles import (OUTPUTS, HeadsConfig, QuantileError, QuantileHeads, direct_heads_loss, pinball,
-                                         quantile_pictures, restore_direct_interval, run_chain, run_three_chains,
+from fluogen.diffusion.quantiles import (OUTPUTS, HeadsConfig, IntervalChain, QuantileError, QuantileHeads, direct_heads_loss, pinball,
+                                         quantile_pictures, restore_direct_interval, run_three_chains,
                                          velocity_heads_loss, with_heads)
 from fluogen.diffusion.sampler import sample_ddim, sample_dpmpp_2m
 from fluogen.diffusion.schedule import Schedule, trailing_grid
@@ -90,8 +90,9 @@ def test_one_chain_gives_the_picture_of_three_with_a_third_of_the_passes():
         plain = sample_ddim(lambda x, t: weights.backbone(x, t, states), starts[1], weights.schedule, times)
         for at in (0, 9):
             calls.clear()
-            one = run_chain(predict, starts[1], weights.schedule, times, at)
-            assert len(calls) == 10 and torch.equal(one.mean, plain) and bool((one.lower <= one.upper).all())
+            chain = IntervalChain(predict, weights.schedule, times[at])
+            end, (seen,) = sample_ddim(chain, starts[1], weights.schedule, times), chain.kept
+            assert len(calls) == 10 and torch.equal(end, plain) and bool((seen.lower <= seen.upper).all())
         calls.clear()
         three = run_three_chains(predict, starts, weights.schedule, times)
     assert len(calls) == 30 and torch.equal(three.mean, plain)
@@ -145,8 +146,6 @@ def test_what_does_not_fit_is_refused_in_one_line():
         restore_direct_interval(weights.backbone, make_heads("velocity"), torch.rand(1, 1, 8, 8), None, weights.schedule, weights.direct)
     with pytest.raises(QuantileError, match="another backbone"):
         QuantileHeads(HeadsConfig("velocity", features=3, hidden=0)).start_from(weights.backbone)
-    with pytest.raises(QuantileError, match="no such pass"):
-        run_chain(None, torch.zeros(1, 1, 8, 8), weights.schedule, [999, 499], at=2)
 
 
 def test_heads_are_weights_bound_to_their_base(tmp_path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'BEGIN', 'pinball', 'QuantileError', 'HeadsConfig', 'QuantileHeads', 'with_heads', 'Quantiles',
-           'quantile_pictures', 'IntervalChain', 'run_chain', 'run_three_chains', 'noise_scale',
-           'restore_direct_interval', 'velocity_heads_loss', 'direct_heads_loss']
+           'quantile_pictures', 'IntervalChain', 'run_three_chains', 'noise_scale', 'restore_direct_interval',
+           'velocity_heads_loss', 'direct_heads_loss']
 
 # %% ../../nbs/lib/diffusion/90_quantiles.ipynb #5427f77d
 from dataclasses import dataclass
@@ -142,22 +142,6 @@ class IntervalChain:
         if t == self.time:
             self.kept.append(quantile_pictures(self.schedule, x, velocities, t))     # one a chain
         return velocities[:, 1:2]
-
-
-def run_chain(
-    predict_all,                # callable (x, t) -> (B, 3, H, W)
-    start: torch.Tensor,        # (B, 1, H, W) standard normal
-    schedule,
-    times: list,                # falling, see `fluogen.diffusion.schedule.GRIDS`
-    at: int = 0,                # pass whose heads are read
-    sample=sample_ddim,         # of `SAMPLERS` that needs no further noise
-) -> Quantiles:
-    "One chain driven by the prediction; its end between the quantiles seen on the way."
-    if not 0 <= at < len(times):
-        raise QuantileError("the chain has no such pass", where="at", found=at, expected=f"0..{len(times) - 1}")
-    chain = IntervalChain(predict_all, schedule, times[at])
-    end = sample(chain, start, schedule, times)
-    return chain.kept[0]._replace(mean=end)
 
 
 def run_three_chains(
