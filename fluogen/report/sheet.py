@@ -64,7 +64,7 @@ def _draw_pair(axes, pair, kinds) -> None:
         axis.imshow(plane, cmap="gray", vmin=low, vmax=high)
     name = pair.name if len(pair.name) <= 34 else "…" + pair.name[-33:]
     says = f"\n{', '.join(kinds)}" if kinds else f"\nshift {pair.shift.length:.2f} px" if pair.shift else "\n"
-    axes[0 if files[0] else 1].set_title(name + says, loc="left", fontsize=5.5, color="firebrick" if kinds else "black")
+    axes[0 if files[0] else 1].set_title(name + says, loc="left", fontsize=7, color="firebrick" if kinds else "black")
 
 
 def draw_sheet(
@@ -89,6 +89,6 @@ def draw_sheet(
             place = 2 * (number % across)
             _draw_pair(axes[number // across, place:place + 2], pair, kinds)
         figure.text(0.01, 0.995, f"{len(rows)} of {len(report.pairs)}: input left, target right, each stretched to its own range",
-                    fontsize=6, color="0.35", va="top")
+                    color="0.35", va="top")
     plt.close(figure)
     return figure
