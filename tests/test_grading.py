@@ -9,6 +9,7 @@ from fluogen.metrics.copies import shrink_pictures
 from fluogen.tasks import grading
 from fluogen.tasks.encoder import load_encoder
 from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_grades, tell
+from fluogen.tasks.generate import GenerateError
 from fluogen.tasks.grading import BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes
 from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
 
@@ -80,6 +81,8 @@ def test_no_grades_is_one_line(monkeypatch, tmp_path):
     assert record is None and "fluogen train score-prior" in why and "\n" not in why
     with pytest.raises(GradingError, match="multiple of 4"):
         grading.grade_prior(tmp_path, tmp_path, per_prompt=10)
+    with pytest.raises(GenerateError, match="encoder-nano: these weights draw nothing"):
+        grading.grade_prior(tmp_path, tmp_path, "encoder-nano")
 
 
 def test_the_note_by_eye_is_about_the_shipped_prior():

@@ -26,7 +26,7 @@ from ..metrics.generation import (compare_kernel_distances, diversity, frechet_d
 from ..metrics.pictures import (as_stack, average_over_labels, histogram_distance, measure_brightness,
                                       spectrum_distance, wasserstein_distance)
 from .encoder import Encoder, default_encoder, embed
-from .generate import GenerateSettings, generate
+from .generate import GenerateSettings, check_size, generate
 from .records import keep_record
 from .scenes import PAPER_PROMPTS, Rounds
 
@@ -160,6 +160,7 @@ def grade_prior(
         raise GradingError("number of pictures", where="per_prompt", found=per_prompt,
                            expected=f"a multiple of {BLOCK}, at least {2 * BLOCK}")
     weights, encoder, folder = load_weights(model), encoder or default_encoder(), Path(out) / "generation"
+    check_size(options.get("size_px", 128), weights)
     weights.backbone.to(memory_format=torch.channels_last)                  # a sixth less time
     work = Path(work) / weights.id.replace("@", "-")
     real, real_prompts = held_out_scenes(per_prompt, 0)
