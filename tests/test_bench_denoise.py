@@ -135,3 +135,34 @@ def test_the_minutes_of_a_tuning_are_those_of_the_slowest_fit():
     claim, = (c for c in fig5b.figure_claims({"rows": [], "fits": fits}) if c["id"] == "tuning_minutes")
     assert abs(claim["measured"] - 0.3 * 1000 / 60) < 1e-9 and "slowest of 2 fits" in claim["why"]
     assert fig5b.figure_claims(None)[-1]["measured"] is None
+
+
+def made_up_record(real: bool, rival: float = 27.0) -> dict:
+    "Three draws, or folds of one scene each, of four fields; the direct way is at 29 dB, CARE at 28, UNet-RCAN at `rival`."
+    level = {"noisy": 20.0, "nlm": 25.0, "care": 28.0, "unet-rcan": rival, "scratch": 27.5, "noise2void": 24.0,
+             "prior": 28.5, "untuned": 29.0, "direct": 29.0}
+    kinds = {f"fold {k}": ["x"] * 4 for k in range(3)} if real else {"5 photons": ["a", "a", "b", "b"], "20 photons": ["a", "a", "b", "b"]}
+    rows = [{"kind": kind, "way": way, "which": "ever", "seed": k if real else seed,
+             "scores": {m: list((base + np.random.default_rng([k, seed, len(way)]).normal(0, 0.1, 4)) / scale) for m, scale in (("psnr", 1), ("ms_ssim", 100))}}
+            for k, kind in enumerate(kinds) for seed in ((k,) if real else (0, 1, 2)) for way, base in level.items()]
+    return {"dataset": "fmd" if real else "simulated", "seeds": [0, 1, 2], "fields": kinds, "groups": {}, "rows": rows}
+
+
+def test_claims_of_figure_5_follow_the_records(monkeypatch):
+    from fluogen.report.claims import judge
+    from fluogen.tasks import fig5
+    from fluogen.uncertainty.support import Detection
+    there = {("bench-denoise", "scores"): made_up_record(False), ("bench-denoise", "fmd"): made_up_record(True, 30.0),
+             ("bench-denoise", "w2s"): made_up_record(True, 29.02)}
+    monkeypatch.setattr(fig5, "find_record", lambda bench, name="scores": there.get((bench, name)))
+    claims = {c["id"]: judge(**c) for c in fig5.figure_claims(np.array([0.03, 0.04, np.nan]), Detection(0.95, 0.5, 40, 0.02))}
+    assert claims["gain_psnr"].holds and abs(claims["gain_psnr"].measured - 1) < 0.2 and "care" in claims["gain_psnr"].why
+    assert claims["gain_ms_ssim"].holds and claims["prior_worth"].holds and claims["thirty_pairs"].holds is False
+    assert claims["fmd_over_input"].holds and claims["fmd_over_input"].measured > 8
+    assert claims["fmd_not_below"].holds is False and "unet-rcan" in claims["fmd_not_below"].why        # a decibel below: the upper end as well
+    assert claims["w2s_not_below"].holds and 0 < claims["w2s_not_below"].measured < 0.5                 # hardly below: the interval reaches over 0
+    assert claims["noise_estimate"].holds and "2 of them" in claims["noise_estimate"].why
+    assert claims["guard_added"].holds and claims["guard_removed"].holds is False
+    there.clear()
+    nothing = fig5.figure_claims(None, None)
+    assert not [c for c in nothing if c["measured"] is not None] and all("fluogen train" in c["why"] or "measured on" in c["why"] for c in nothing)
