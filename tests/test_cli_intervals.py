@@ -10,7 +10,9 @@ from toys import save_interval_toy, save_toy
 
 from fluogen.cli import main
 from fluogen.data.io import read_image, write_image
+from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks import heads
+from fluogen.tasks.certified import unseen_pairs
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,30 @@ def test_small_pairs_are_left_out_by_name(run, model, tmp_path):
     code, out, err = run("calibrate", manifest, "--model", model, "--alpha", "0.2", "--device", "cpu", "--out", tmp_path / "c.json")
     left = [line for line in err if line.startswith("left out: ")]
     assert code == 0 and len(left) == 1 and "c.tif: an image too small for intervals (found 10 x 10 pixels" in left[0]
+
+
+def test_pairs_that_are_all_left_out_end_in_one_line_that_says_why(run, model, tmp_path):
+    manifest = write_pairs(tmp_path, range(24))
+    rows = [json.loads(line) | {"conditioning_image": f"hr{i}.tif"} for i, line in enumerate(manifest.read_text().splitlines())]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run("calibrate", manifest, "--model", model, "--alpha", "0.2", "--device", "cpu", "--out", tmp_path / "c.json")
+    assert code == 2 and sum(line.startswith("left out: ") for line in err) == 5                  # not one for each of 24
+    assert err[-1].startswith(f"fluogen: {manifest}: too few groups are left (found 0 of 24, expected at least 11). 24 pairs were left out, the first as ")
+    assert "hr0.tif: the target is not twice the input" in err[-1]
+
+
+def test_tuned_weights_are_calibrated_on_what_they_did_not_learn_from(model, tmp_path):
+    said, weights = [], load_weights(model)
+    manifest = write_pairs(tmp_path, range(6))
+    assert len(unseen_pairs(manifest, weights, said.append)) == 6 and said == []
+    tuned = replace(weights, config=weights.config | {"card": {"recipe": "fluogen finetune mine.jsonl --task sr --name x"}})
+    assert len(unseen_pairs(manifest, tuned, said.append)) == 6
+    assert said == [f"note: {tuned.name} was tuned on mine.jsonl; on cells that it has learnt from the promise is void"]
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(row | ({"split": "test"} if i < 2 else {})) + "\n" for i, row in enumerate(rows)))
+    assert [r.group for r in unseen_pairs(manifest, tuned, said.append)] == ["cell0", "cell1"] and "only the 2 pairs of the split test" in said[-1]
+    manifest.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "group"}) + "\n" for row in rows))
+    assert len(unseen_pairs(manifest, weights, said.append)) == 6 and "no groups are stated" in said[-1]
 
 
 @pytest.mark.parametrize(("options", "says"), [
