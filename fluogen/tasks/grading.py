@@ -175,8 +175,9 @@ def grade_prior(
     compared = {f"{first} / {second}": vars(compare_kernel_distances(truth, features[first], features[second],
                                                                      (words, sets[first][1], sets[second][1])))
                 for first, second in (("ten passes", "DDPM 20"), ("guidance 2", "ten passes"))}
-    first_round = trained_rounds(weights).at(0)[0]
-    planted = (first_round.target[:32, 0].numpy(), first_round.prompts[:32])
+    parts = trained_rounds(weights).at(0)                                   # copies of every kind of scene are planted
+    few = 32 // len(parts)
+    planted = np.concatenate([part.target[:few, 0].numpy() for part in parts]), [p for part in parts for p in part.prompts[:few]]
     copies = grade_copies(*sets["ten passes"], np.concatenate([real, other]), words,
                           training_scenes(weights, rounds), planted)
     record = {"weights": weights.id, "encoder": getattr(encoder, "id", None),
