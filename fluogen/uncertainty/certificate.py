@@ -62,8 +62,8 @@ class Calibration:
         for name, value in facts.items():
             if own.get(name) != value:
                 found, expected = ("none" if one == "" else one for one in (value, own.get(name)))
-                raise CalibrationError(f"calibrated for another {SAID.get(name, name)}", where="calibration", found=found, expected=expected,
-                                       hint="Calibrate this combination: fluogen calibrate.")
+                raise CalibrationError(f"calibrated for another {SAID.get(name, name)}", where="calibration", found=found,
+                                       expected=expected, hint="Calibrate this combination: fluogen calibrate.")
 
     def __str__(self):
         what = f"{self.alpha:.0%} of the pixels are missed"
