@@ -61,7 +61,7 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
     said, run = [], lambda: grading.grade_prior(tmp_path, tmp_path / "work", toy, 4, say=said.append, size_px=64, precision="fp32")
     record = json.loads((run() / "scores.json").read_text())
     assert (record["copies"]["planted"], record["copies"]["planted_found"]) == (32, 0)        # of all kinds; searched among other scenes
-    assert len(said) == 4 + 4 + 2 and record["grades"]["ten passes"]["n"] == 64 and record["grades"]["guidance 2"]["n"] == 32
+    assert len(said) == 4 + 4 + 4 + 2 and record["grades"]["ten passes"]["n"] == 64 and record["grades"]["guidance 2"]["n"] == 32
     before = said.copy()
     assert json.loads((run() / "scores.json").read_text())["grades"] == record["grades"] and said == before     # nothing drawn twice
     monkeypatch.setattr("fluogen.tasks.records.weight_folders", lambda: [tmp_path])

@@ -105,6 +105,8 @@ CLAIMS = {      # id -> sentence, what it must reach
     "fidelity": ("a classifier names the structure that was asked for", dict(at_least=0.85)),
     "half_the_passes": ("ten passes (DPM-Solver++, even in log SNR) over twenty ancestral ones: kernel distance not worse by more than 5 %",
                         dict(at_most=1.05, interval_below=1.05, unit="x")),
+    "trailing_grid": ("the same ten passes on a grid even in time over twenty ancestral ones: kernel distance not worse by more than 5 %",
+                      dict(at_most=1.05, interval_below=1.05, unit="x")),
     "guidance": ("off is the right default of guidance: with 2, twice the passes, the kernel distance is no smaller",
                  dict(at_least=1.0, unit="x")),
     "no_copies": ("no more pictures lie suspiciously near to a training scene than chance explains", None),
@@ -138,7 +140,8 @@ def figure_claims(record: dict | None, why: str, seconds: float | None = None) -
              "brightness": dict(measured=best["brightness"],
                                 why="Wasserstein distance of mean intensity, mean over prompts; held-out scenes against each "
                                 f"other {floor['brightness']:.4f}")}
-    for name, key in (("half_the_passes", "ten passes / DDPM 20"), ("guidance", "guidance 2 / ten passes")):
+    for name, key in (("half_the_passes", "ten passes / DDPM 20"), ("trailing_grid", "ten trailing / DDPM 20"),
+                      ("guidance", "guidance 2 / ten passes")):
         one = compared[key]
         interval = interval_of(one)
         found[name] = dict(measured=one["ratio"] if interval else None, ci95=interval,

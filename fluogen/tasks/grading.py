@@ -36,8 +36,8 @@ class GradingError(FluogenError):
 
 
 FEW = GenerateSettings(steps=10, sampler="dpmpp_2m", grid="logsnr")
-WAYS = {"ten passes": FEW, "DDPM 20": GenerateSettings(steps=20, sampler="ddpm", grid="trailing"),
-        "guidance 2": replace(FEW, guidance=2.0)}
+WAYS = {"ten passes": FEW, "ten trailing": replace(FEW, grid="trailing"),
+        "DDPM 20": GenerateSettings(steps=20, sampler="ddpm", grid="trailing"), "guidance 2": replace(FEW, guidance=2.0)}
 BLOCK = 4                   # pictures of each prompt in a block
 SHARE = {"guidance 2": 4}   # drawn only so many times fewer pictures: it answers one question
 
@@ -174,7 +174,7 @@ def grade_prior(
     truth, words = embed(encoder, np.concatenate([real, other]))[0], real_prompts + other_prompts
     compared = {f"{first} / {second}": vars(compare_kernel_distances(truth, features[first], features[second],
                                                                      (words, sets[first][1], sets[second][1])))
-                for first, second in (("ten passes", "DDPM 20"), ("guidance 2", "ten passes"))}
+                for first, second in (("ten passes", "DDPM 20"), ("ten trailing", "DDPM 20"), ("guidance 2", "ten passes"))}
     parts = trained_rounds(weights).at(0)                                   # copies of every kind of scene are planted
     few = 32 // len(parts)
     planted = np.concatenate([part.target[:few, 0].numpy() for part in parts]), [p for part in parts for p in part.prompts[:few]]
