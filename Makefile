@@ -20,7 +20,7 @@ help:
 	@echo
 	@echo '  make figures         every figure notebook, PROFILE=$(PROFILE) (smoke, laptop, gpu, paper) -> figures/'
 	@echo '  make figures-check   run them apart and compare the numbers with the committed ones'
-	@echo '  make battery         the reliability batteries with their full counts (hours)'
+	@echo '  make battery         the reliability batteries with their full counts: about 10 minutes on 2 cores'
 	@echo '  make weights         how the shipped weights were made, and how to make them again'
 	@echo '  make docs            the notebooks as a web site -> site/index.html'
 	@echo
