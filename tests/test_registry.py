@@ -274,7 +274,7 @@ def test_two_processes_at_once(tmp_path):
         workers = [context.Process(target=_fetch,
                                    args=(archive.as_uri(), sha256, folder, barrier)) for _ in range(3)]
         [worker.start() for worker in workers]
-        [worker.join(30) for worker in workers]
+        [worker.join(120) for worker in workers]
         assert [worker.exitcode for worker in workers] == [0, 0, 0]
         assert sorted(path.name for path in folder.iterdir()) == ["1.tif", "manifest.jsonl"]
     assert not leftovers(tmp_path)
