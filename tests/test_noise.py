@@ -127,7 +127,7 @@ def test_a_photon_counter_hits_zero_honestly(light):
     (lambda c: (c[1:] + c[:-1]) / 2, "share their noise"),
     (lambda c: np.where(c > 112, c, 112) * 0 + 5, "constant"),
     (lambda c: np.maximum(c.astype(int) - int(np.percentile(c, 99.5)), 0), "clipped"),
-    (lambda c: c[:40], "not a plane"),
+    (lambda c: c[:40], "too small"),
     (lambda c: np.stack([c, c]), "not a plane"),
     (lambda c: c.astype(complex), "not a plane"),
     (lambda c: np.where(c == c.max(), np.nan, c), "NaN"),

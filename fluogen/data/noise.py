@@ -148,9 +148,12 @@ INDEPENDENT = 0.145                 # looks a pixel: 1 over the sum of squared c
 def as_counts(image, dims: int = 2, where: str = "image") -> np.ndarray:
     "Float64 counts with `dims` dimensions, checked."
     array = np.asarray(image)
-    if array.ndim != dims or array.dtype.kind not in "uif" or min(array.shape[-2:], default=0) < 48:
+    if array.ndim != dims or array.dtype.kind not in "uif":
         raise NoiseError("not a plane of grey values" if dims == 2 else "not a series of frames", where=where,
-                         found=f"{array.shape} {array.dtype}", expected="at least 48 pixels each way, (Y, X)")
+                         found=f"{array.shape} {array.dtype}", expected="(Y, X)" if dims == 2 else "(T, Y, X)")
+    if min(array.shape[-2:]) < 48:
+        raise NoiseError("too small for its noise to be measured", where=where, found=" x ".join(map(str, array.shape[-2:])),
+                         expected="48 x 48 pixels or more")
     array = array.astype(np.float64)
     if not np.isfinite(array).all() or array.min() == array.max():
         constant = np.isfinite(array).all()

@@ -41,7 +41,7 @@ def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSett
         return Field(counts, target[0].numpy(), str(record.group))
     if not record.conditioning_image:
         raise CalibrationError("a single image, not a pair", where=record.image, hint="Give image (clean) and conditioning_image (noisy).")
-    clean, noisy = (read_image(path).array for path in (record.path, record.conditioning_path))
+    clean, noisy = read_image(record.path, sha256=record.sha256).array, read_image(record.conditioning_path).array
     judge_noisy_pair(noisy, clean, record.conditioning_path)
     field = Field(noisy, match_scale(noisy, clean)[0], str(record.group))
     as_shown(field, weights, settings)

@@ -89,7 +89,7 @@ def real_fields(source, size_px: int = 128, seed: int = 0, prompt: str = "Nuclei
     for record in records:
         if record.extra.get("dataset") != main or record.group in learnt or record.group in rows:
             continue
-        array = read_image(record.path).array
+        array = read_image(record.path, sha256=record.sha256).array
         if array.ndim == 2 and min(array.shape) >= side:
             top, left = ((n - side) // 2 for n in array.shape)
             part = array[top:top + side, left:left + side].astype(np.float32)

@@ -57,7 +57,7 @@ def open_images(
     for source in sources:
         before = sum(map(len, found.values()))
         for record in may_learn(load_dataset(source)):
-            array = read_image(record.path).array
+            array = read_image(record.path, sha256=record.sha256).array
             if array.ndim == 2 and min(array.shape) >= side_px and array.max() > array.min():
                 unit, _ = scale_to_unit(array, "percentile:1,99.9", clip=True)
                 found.setdefault(known_prompt(record.prompts[0]), []).append(torch.from_numpy(unit[None]).half())
