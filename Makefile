@@ -74,6 +74,7 @@ weights: $(STAMP)
 	@echo
 	@echo 'How each was made, in this order; every command goes on where it stopped (checkpoints in runs/):'
 	@echo '  .venv/bin/fluogen train nano --real MANIFEST...  the prior: all structures and prompts; real images of an open licence where given'
+	@echo '  .venv/bin/fluogen train nano-generate            the prior trained on, for pictures from prompts'
 	@echo '  .venv/bin/fluogen train nano-sr-direct           super-resolution in one pass'
 	@echo '  .venv/bin/fluogen train nano-sr                  super-resolution by the control branch: samples'
 	@echo '  .venv/bin/fluogen train nano-denoise             denoising, every exposure'

@@ -11,7 +11,7 @@ import argparse
 import math
 
 # %% ../nbs/lib/88_options.ipynb #4ac0be18
-RECIPES = ("nano", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "heads", "bench30", "nano-denoise",
+RECIPES = ("nano", "nano-generate", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "heads", "bench30", "nano-denoise",
            "bench-denoise", "bench-pairs", "encoder", "score-prior", "brightness")
 FINETUNE_TASKS = ("sr", "denoise", "mask2image")
 
@@ -119,7 +119,7 @@ def add_generate(commands):
     add("--sampler", default="dpmpp_2m", help="dpmpp_2m (default), ddim or ddpm")
     add("--grid", default="logsnr", help="where the passes lie: logsnr (default) or trailing")
     add("--suffix", default=".tif", choices=(".tif", ".ome.tif"), help=".tif (default) or .ome.tif")
-    add("--model", default="fluogen-nano", help="weights by name or folder (default fluogen-nano)")
+    add("--model", default="nano-generate", help="weights by name or folder (default nano-generate)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
 
 
@@ -173,7 +173,7 @@ def add_train(commands):
     add("--minutes", type=read_minutes, default=40.0, help="time box of this call's training steps; scoring comes on top (default 40)")
     add("--out", help="folder of weights (default: the user's cache)")
     add("--work", default="runs/train", help="checkpoints; the same command goes on from there")
-    add("--base", default="fluogen-nano", help="pretrained weights to adapt")
+    add("--base", help="pretrained weights: to adapt (default fluogen-nano), for score-prior to grade (default nano-generate)")
     add("--real", nargs="+", default=(), metavar="MANIFEST", help="nano: images with an open licence, beside the simulated scenes")
     add("--start", help="nano…: weights to go on from, with a new learning rate and --work of its own")
     add("--steps", type=read_count, help="nano…: steps over all calls (default: the recipe's)")

@@ -282,7 +282,10 @@ def test_train_hands_its_options_on(run, monkeypatch, tmp_path):
     code, out, err = run("train", "nano", *options)
     assert code == 0 and out == f"{tmp_path / 'fluogen-nano'}\n" and f"--model {out.strip()}" in err[0]
     assert calls.pop() == (tmp_path / "fluogen-nano", tmp_path / "w" / "nano",
-                           {"device": "cpu", "seed": 3, "minutes": 2.5, "start": None, "steps": None, "lr": 5e-4, "real": ()})
+                           {"device": "cpu", "seed": 3, "minutes": 2.5, "start": None, "steps": None, "lr": 5e-4, "real": (), "recipe": "nano"})
+    run("train", "nano-generate", *options)
+    out, work, more = calls.pop()
+    assert (out, work, more["start"]) == (tmp_path / "nano-generate", tmp_path / "w" / "nano-generate", "fluogen-nano")
     for recipe in ("nano-sr", "nano-sr-direct"):
         run("train", recipe, *options)
         out, work, more = calls.pop()

@@ -93,7 +93,7 @@ def test_the_note_by_eye_is_about_the_shipped_prior():
     from fluogen.diffusion.zoo import load_weights
     cells = json.loads((ROOT / "nbs" / "fig3_synthesis.ipynb").read_text())["cells"]
     note = "".join(cells[-1]["source"])
-    assert f"`{load_weights('fluogen-nano').id}`" in note and "seed" in note
+    assert f"`{load_weights('nano-generate').id}`" in note and "seed" in note
 
 
 def test_blocks_know_their_prompts(toy, tmp_path):

@@ -7,11 +7,12 @@ import torch
 
 from fluogen.data.io import Image, write_image
 from fluogen.data.record import Record
+from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.diffusion.shape import BackboneConfig
 from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks.open_images import OpenImagesError, draw_crop, known_prompt, licences, may_learn, open_images
 from fluogen.tasks import prior
-from fluogen.tasks.prior import train_prior
+from fluogen.tasks.prior import draw_times, train_prior
 from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
 
 
@@ -65,6 +66,15 @@ def test_structures_take_turns():
     assert 30 < sum(draw_crop(many, 32, rng)[1] == "ER" for _ in range(100)) < 70
 
 
+@pytest.mark.parametrize("kind", [{}, {"zero_snr": False}])
+def test_times_linger_where_noise_and_picture_are_level(kind):
+    schedule = Schedule(ScheduleConfig(**kind))
+    t = draw_times(schedule, 40_000, torch.Generator().manual_seed(1))
+    assert t.min() >= 0 and t.max() <= 999 and t.dtype == torch.int64
+    angle = torch.atan2(schedule.noise(t), schedule.signal(t)).flatten() * (2 / torch.pi)
+    assert torch.histc(angle, 4, 0, 1).div(len(t)).tolist() == pytest.approx([0.25] * 4, abs=0.012)
+
+
 def test_trains_goes_on_and_starts_from_weights(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(prior, "Rounds", lambda simulate, seed, **more: Rounds(simulate, seed, **(more | {"n": 8})))
     manifest = shelf(("nuclei", "open-CC0"))
@@ -74,6 +84,8 @@ def test_trains_goes_on_and_starts_from_weights(shelf, tmp_path, monkeypatch):
     assert set(weights.modules) == {"backbone", "prompts"}
     card = (out / "card.md").read_text()
     assert "1 open-CC0" in card and "--steps 2" in card and "as shipped" in card
-    again = train_prior(tmp_path / "two", tmp_path / "two-work", steps=1, lr=1e-4, start=str(out), **options)
-    assert f"gone on from {weights.id}" in (again / "card.md").read_text()
+    again = train_prior(tmp_path / "two", tmp_path / "two-work", steps=1, lr=1e-4, start=str(out), **options | {"real": ()})
+    said = (again / "card.md").read_text()
+    assert f"gone on from {weights.id}" in said and f"Before, as {weights.id}: Simulated scenes" in said
+    assert "or have open licences" in said and "no real image" in said            # the weights that it began from saw some
     assert load_weights(str(again)).backbone.config == weights.backbone.config

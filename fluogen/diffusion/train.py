@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -243,7 +244,8 @@ def train(
         t.close()
     p = t.progress
     if reason == "interrupted":
-        here = "run this cell again" if "ipykernel" in sys.modules else shlex.join(["python", *sys.argv])
+        script = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
+        here = "run this cell again" if "ipykernel" in sys.modules else shlex.join(script + sys.argv[1:])
         print(f"Stopped at step {p.step} ({t.folder}). To go on: {resume_command or here}", file=sys.stderr)
         raise KeyboardInterrupt
     return TrainResult(reason, p.step, p.seconds, p.skipped, p.best_step, p.best_value, p.curve,

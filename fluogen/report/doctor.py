@@ -56,7 +56,7 @@ def try_weights() -> Iterator[Fact]:
     "Whether the weights that restoring needs are here and whole."
     from fluogen.diffusion.zoo import list_weights, load_weights
     from fluogen.tasks.settings import TASK_WEIGHTS
-    found, needed = list_weights(), ("fluogen-nano", *filter(None, TASK_WEIGHTS.values()))
+    found, needed = list_weights(), ("fluogen-nano", "nano-generate", *filter(None, TASK_WEIGHTS.values()))
     for name in needed:
         try:
             yield Fact("weights", load_weights(name).id)

@@ -81,7 +81,7 @@ def check_size(size_px: int, weights: Weights) -> None:
     "Raises `GenerateError` with the sizes that the network takes."
     if not {"backbone", "prompts"} <= set(weights.modules) or weights.schedule is None:
         raise GenerateError("these weights draw nothing", where=weights.name, found=f"task {weights.config.get('task')}",
-                            expected="task generate", hint="Say --model fluogen-nano, or leave it out.")
+                            expected="task generate", hint="Say --model nano-generate, or leave it out.")
     multiple, (low, high) = weights.backbone.config.size_multiple, SIZES_PX
     if size_px % multiple or not low <= size_px <= high:
         raise GenerateError("the network does not take this size", where="size_px", found=size_px,
@@ -92,7 +92,7 @@ def generate(
     prompts,                            # a prompt, or a list of prompts; "A | B": one of the two a picture; "": any
     n: int = 1,                         # pictures of each
     settings: GenerateSettings = GenerateSettings(),
-    weights: Weights | str = "fluogen-nano",
+    weights: Weights | str = "nano-generate",
     batch: int = 8,                     # pictures at once; changes nothing but time and memory
     callback=None,                      # called as callback(done, total) after each batch
 ) -> Generated:

@@ -148,7 +148,7 @@ def grade_copies(images, prompts: list, real, real_prompts: list, training: np.n
 def grade_prior(
     out: str | Path,                # folder of weights: generation/scores.json
     work: str | Path,               # blocks of pictures, by the weights' id
-    model: str = "fluogen-nano",
+    model: str = "nano-generate",
     per_prompt: int = 64,           # pictures of each prompt, a multiple of 4
     encoder: Encoder | None = None,     # default: encoder-nano
     rounds: int | None = None,      # of training scenes that copies are looked for in; default: all
