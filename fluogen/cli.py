@@ -217,11 +217,11 @@ def run_check(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #8542d214
 def run_finetune(args) -> int:
     "Tune shipped weights on one's own pairs; Ctrl-C keeps a checkpoint, and the same command goes on."
+    from fluogen.report.live import TextCurve
     from fluogen.tasks.own_pairs import adapt, set_profile
     common = dict(base=args.model or "", minutes=args.minutes, work=args.work, out=args.out, seed=args.seed, device=args.device, say=_say,
-                  free=args.free)
-    masks = args.task == "mask2image"
-    if masks:
+                  free=args.free, callback=TextCurve(_say))
+    if masks := args.task == "mask2image":
         from fluogen.tasks.masks import MASK_CONFIG, adapt_masks
         config = set_profile(replace(MASK_CONFIG, seed=args.seed, minutes=args.minutes), args.profile, args.device)
         made = adapt_masks(args.manifest, args.name, config=config, **common)

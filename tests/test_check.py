@@ -9,16 +9,19 @@ import pytest
 from PIL import Image as Picture
 from scipy.ndimage import gaussian_filter
 from scipy.ndimage import shift as move
+from scipy.ndimage import zoom
 
 from fluogen.cli import main
 from fluogen.data.check import ADVICE, check_data
-from fluogen.data.io import ImageReadError, read_image, write_image
+from fluogen.data.io import ImageReadError, read_image, read_plane, write_image
 from fluogen.data.lint import KINDS
 from fluogen.data.manifest import read_manifest, write_manifest
 from fluogen.data.mend import mend_shifts, next_step
 from fluogen.data.record import Record
 from fluogen.data.register import PairError, align_pair, find_scale, measure_shift
 from fluogen.data.roles import pair_folder
+from fluogen.data.scan import build_manifest
+from fluogen.tasks.bench_pairs import laboratory_pairs
 from fluogen.tasks.masks import read_mask_pair
 from fluogen.tasks.noisy_pairs import read_noisy_pair
 from fluogen.tasks.own_pairs import read_pair
@@ -243,6 +246,58 @@ def test_mending_leaves_the_originals_alone(folder, tmp_path):
     assert mended.metadata["mended_shift_px"] == pytest.approx([0.8, -0.7], abs=0.1)
     with pytest.raises(PairError, match="not empty"):
         mend_shifts(check_data(folder), tmp_path / "out")
+
+
+def test_dim_pairs_that_lie_over_one_another_are_left_where_they_are(tmp_path):
+    made = laboratory_pairs(0, 10)                                          # nuclei at five photons: the peak wanders by a pixel
+    for i in range(10):
+        save(tmp_path / "set" / "noisy" / f"{i}.tif", made.counts[i, 0].numpy())
+        save(tmp_path / "set" / "clean" / f"{i}.tif", 100 + 1000 * made.target[i, 0].numpy())
+    report = check_data(tmp_path / "set")
+    assert max(pair.shift.length for pair in report.pairs if pair.shift) > 0.5 and "shifted" not in report.kinds()
+    manifest, left_out = mend_shifts(report, tmp_path / "out")
+    sizes = [read_image(record.path).array.shape for record in read_manifest(manifest)]
+    assert left_out == [] and sizes.count((128, 128)) >= 9
+
+
+@pytest.mark.parametrize("scale, words", [(1, "--task denoise"), (2, "finetune LIST --name"), (4, "bring all to twice")])
+def test_the_next_step_fits_the_sizes(tmp_path, scale, words):
+    for seed in range(3):
+        save(tmp_path / "noisy" / f"{seed}.tif", draw(seed, 64)[1])
+        save(tmp_path / "clean" / f"{seed}.tif", zoom(draw(seed, 64)[0], scale, order=1, grid_mode=True, mode="nearest"))
+    report = check_data(tmp_path)
+    assert report.must_mend == [] and words in next_step(report, "LIST")
+
+
+def test_frames_of_structured_illumination_are_averaged(tmp_path):
+    for seed in range(3):
+        fine = gaussian_filter(draw(seed, 128)[0], 1)
+        coarse = fine.reshape(64, 2, 64, 2).mean((1, 3))
+        frames = np.random.default_rng(seed).poisson(np.stack([coarse * (1 + 0.4 * np.cos(k)) for k in range(9)]))
+        folder = tmp_path / "ER" / f"Cell_00{seed}"
+        (folder / "GTSIM").mkdir(parents=True)
+        write_image(folder / "RawSIMData_level_01.mrc", frames.astype(np.uint16), axes="TYX")
+        write_image(folder / "GTSIM" / "GTSIM_level_01.mrc", fine.astype(np.float32))
+        raw = bytearray((folder / "RawSIMData_level_01.mrc").read_bytes())              # as written by other programs:
+        raw[104:108], raw[208:216] = b"\0" * 4, b"\0" * 8                               # no note, no stamp
+        (folder / "RawSIMData_level_01.mrc").write_bytes(raw)
+    records = read_manifest(build_manifest(tmp_path, "BioSR"))
+    assert {record.extra["frames"] for record in records} == {"mean"} and len(records) == 3
+    report = check_data(tmp_path / "manifest.jsonl")
+    assert report.must_mend == [] and {pair.condition.shape for pair in report.pairs} == {(64, 64)}
+    target, condition, _, notes = read_pair(records[0])
+    assert target.shape == (1, 128, 128) and condition.shape == (1, 64, 64) and notes == []
+    with pytest.raises(ImageReadError, match="no such way to join frames"):
+        read_plane(records[0].conditioning_path, "median")
+    with pytest.raises(ImageReadError, match="no frames to average"):
+        read_plane(records[0].path, "mean")
+
+
+def test_two_fields_can_be_tuned_on_but_not_judged(folder):
+    for path in folder.rglob("[2-4].tif"):
+        path.unlink()
+    report = check_data(folder)
+    assert report.kinds() == ["two-fields-only"] and report.must_mend == []
 
 
 def test_what_changed_after_it_was_listed_is_left_out(folder, tmp_path):

@@ -40,6 +40,19 @@ def test_a_shift_by_any_number_of_pixels_costs_nothing_even_of_fine_texture(sets
     assert list(index) == [0, 1, 2, 3, 4] and distance.max() < 0.005
 
 
+def test_thin_rings_half_a_sample_off_are_found_among_other_rings(monkeypatch):
+    axis, dice = np.arange(128), np.random.default_rng(7)
+    def draw():
+        radii = [np.hypot(axis[:, None] - y, axis - x) - 12 for y, x in dice.uniform(14, 114, (dice.integers(3, 7), 2))]
+        return sum(np.exp(-(r / 1.5) ** 2) for r in radii)
+    train = np.stack([draw() for _ in range(200)])
+    moved = np.roll(train[:40], (2, 2), (1, 2))                             # half a sample of 4 pixels
+    lost = lambda: int((find_nearest(moved, train)[1] != np.arange(40)).sum())
+    assert lost() == 0
+    monkeypatch.setattr("fluogen.metrics.copies.LIKELY", 1)
+    assert lost() > 0                                                       # what the closer look is for
+
+
 def test_a_cropped_copy_with_new_content_at_the_border_is_found(sets):
     train, held, _ = sets
     moved = train[:4].copy()

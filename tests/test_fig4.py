@@ -100,6 +100,20 @@ def test_table_and_rows():
     assert "3.500*" in text and "0.900*" in text
 
 
+@pytest.mark.parametrize("prompt, row", [("F-actin of COS-7", "factin"), ("ER, COS-7", "er"), ("Microtubules of HeLa", "microtubules"),
+                                         ("CCPs of COS-7", "ccps"), ("liver of mouse", None), ("alpha-actinin", None)])
+def test_a_prompt_names_its_row_by_whole_words(prompt, row):
+    assert fig4.guess_structure(prompt) == row
+
+
+def test_claims_say_how_their_fits_ended():
+    fit = lambda steps, best: {"steps": steps, "best step": best, "config": {"steps": 2000, "patience": 8, "validate_every": 40}}
+    assert bench30.tell_ends([fit(2000, 1960), fit(2000, 1600), fit(900, 580)], "care") == (
+        "; 1 of 3 fits of care were ended by their last step, not by patience")
+    assert bench30.tell_ends([fit(320, 0), {"steps": 0}], "direct") == "; 1 of 1 fits of direct were best before the first step"
+    assert bench30.tell_ends([], "care") == ""
+
+
 def test_thirty_pairs_are_split_without_sharing_a_scene():
     train, held = thirty.draw_thirty(seed=3)
     assert (len(train), len(held)) == (24, 6) and not set(train.groups) & set(held.groups)

@@ -1,5 +1,6 @@
 "The grading recipe on a toy prior: blocks kept and not drawn twice, planted copies found, grades bound to their weights."
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from fluogen.tasks.encoder import load_encoder
 from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_grades, tell
 from fluogen.tasks.generate import GenerateError
 from fluogen.tasks.grading import BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes
+from fluogen.tasks.prior import DEALS, Deal, dealt
 from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
 
 
@@ -55,7 +57,8 @@ def test_planted_copies_are_found_among_honest_pictures(scenes):
 
 def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "training_scenes", lambda weights, most: shrink_pictures(held_out_scenes(2, 9)[0]))
-    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed: Rounds(simulate, seed, n=32))
+    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: Rounds(simulate, seed, n=32, groups=groups))
+    monkeypatch.setattr(grading, "scenes_seen", lambda weights: [dealt(Deal(), 0, 20)])
     monkeypatch.setattr(grading, "BLOCK", 1)
     monkeypatch.setattr(grading, "SHARE", {"guidance 2": 2})
     said, run = [], lambda: grading.grade_prior(tmp_path, tmp_path / "work", toy, 4, say=said.append, size_px=64, precision="fp32")
@@ -76,12 +79,24 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
     assert all(claim["measured"] is None and claim["why"] for claim in figure_claims(none, why))
 
 
-def test_no_grades_is_one_line(monkeypatch, tmp_path):
+def test_copies_are_looked_for_in_the_scenes_of_every_training(monkeypatch):
+    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: Rounds(simulate, seed, n=12, groups=groups))
+    some = [dealt(Deal(), 0, 1501), dealt(DEALS["nano-generate"], 1, 20)]
+    weights = SimpleNamespace(config={"seen": some})
+    scenes = grading.training_scenes(weights)
+    assert len(scenes) == 3 * 12 and len(grading.training_scenes(weights, 1)) == 12
+    first = shrink_pictures(grading.deal_again(some[0]).at(0)[0].target)
+    assert np.array_equal(scenes[:len(first)], first)
+
+
+def test_no_grades_is_one_line(toy, monkeypatch, tmp_path):
     monkeypatch.setattr("fluogen.tasks.records.weight_folders", lambda: [tmp_path])
     record, why = open_grades("a@1")
     assert record is None and "fluogen train score-prior" in why and "\n" not in why
     with pytest.raises(GradingError, match="multiple of 4"):
         grading.grade_prior(tmp_path, tmp_path, per_prompt=10)
+    with pytest.raises(GradingError, match="learned from is not known"):
+        grading.grade_prior(tmp_path, tmp_path, toy)
     with pytest.raises(GenerateError, match="encoder-nano: these weights draw nothing"):
         grading.grade_prior(tmp_path, tmp_path, "encoder-nano")
 

@@ -273,9 +273,9 @@ def test_round_trip(name, dtype, tmp_path):
 
 def test_other_programs_read_what_we_write(tmp_path):
     stack = make_rng(0, "others").integers(0, 65536, (2, 3, 16, 20), dtype=np.uint16)
-    for name, axes in (("a.tif", "TCYX"), ("a.ome.tif", "CZYX"), ("big.tif", "TCYX")):
-        big = name == "big.tif"
-        write_image(tmp_path / name, stack, axes=axes, pixel_um={"Y": 0.1, "X": 0.1}, bigtiff=big)
+    for name, axes in (("a.tif", "TCYX"), ("a.ome.tif", "CZYX"), ("big.tif", "TCYX"), ("big.btf", "TCYX")):
+        big = name.startswith("big")
+        write_image(tmp_path / name, stack, axes=axes, pixel_um={"Y": 0.1, "X": 0.1}, bigtiff=None if name == "big.btf" else big)
         with tifffile.TiffFile(tmp_path / name) as file:
             assert file.series[0].axes == axes and (file.asarray() == stack).all()
             assert file.is_bigtiff == big and file.is_imagej == (name == "a.tif")

@@ -1,6 +1,7 @@
 "A laboratory's pairs: read, cut, split by cell, tuned, kept with a card; every wrong input in one line."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from fluogen.cli import main
 from fluogen.core import FluogenError
-from fluogen.data.io import write_image
+from fluogen.data.io import read_image, write_image
 from fluogen.data.pairs import simulate_pairs
+from fluogen.data.registry import load_dataset
 from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks import finetune, own_pairs
 from fluogen.tasks.bench30 import TUNE_CONFIG
 from fluogen.tasks.finetune import DirectFitter, Pairs, blend_weights, fit
+from fluogen.tasks.noisy_pairs import find_camera
 from fluogen.tasks.own_pairs import OwnPairsError, adapt, cut_pair, find_alarm, read_pairs, set_profile, split_pairs
+from fluogen.tasks.settings import RestoreSettings, fill_camera
 from toys import make_weights, save_toy
 
 SHORT = replace(TUNE_CONFIG, steps=4, batch=2, crop_px=32, validate_every=2, precision="fp32")
@@ -217,6 +222,57 @@ def test_nothing_is_learned_from_the_cells_of_the_split_test(tmp_path):
     pairs, notes = read_pairs(manifest)
     assert set(pairs.groups) == {"b", "d"}                              # a shares a cell with the test, c a file
     assert any("2 more left out" in note for note in notes)
+
+
+def test_a_renamed_copy_of_a_test_image_is_not_learned_from(tmp_path):
+    manifest = write_manifest(tmp_path, [((32, 32), 2, group) for group in "abcd"])
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[3] |= {"split": "test"}
+    shutil.copy(tmp_path / "lr3.tif", tmp_path / "lr1.tif")
+    lines[1] |= {"text": "F-actin of COS-7"}
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs, notes = read_pairs(manifest)
+    assert set(pairs.groups) == {"a", "c"} and any("lr1.tif: repeats another input pixel for pixel (found lr3.tif)" in note for note in notes)
+
+
+def test_a_target_beside_its_input_teaches_nothing(tmp_path):
+    manifest = write_manifest(tmp_path, [((64, 64), 2, group) for group in "abc"])
+    for i in range(3):
+        fine = gaussian_filter(np.random.default_rng(i).normal(0, 1, (128, 128)), 3)
+        fine = 500 + 4000 * np.maximum(fine / fine.max(), 0)
+        write_image(tmp_path / f"lr{i}.tif", fine.reshape(64, 2, 64, 2).mean((1, 3)).astype(np.uint16))
+        write_image(tmp_path / f"hr{i}.tif", np.roll(fine, 6 * (i == 1), 1).astype(np.uint16))
+    pairs, notes = read_pairs(manifest)
+    assert set(pairs.groups) == {"a", "c"} and "beside the input" in notes[0] and "--mend" in notes[0]
+
+
+def test_the_camera_that_only_pairs_tell_comes_along(tmp_path):
+    rng, lines = np.random.default_rng(0), []
+    for folder in ("noisy", "clean"):
+        (tmp_path / folder).mkdir()
+    for i in range(4):
+        light = gaussian_filter(rng.normal(0, 1, (96, 96)), 4)
+        light = 5 + 60 * np.maximum(light / light.max(), 0)
+        noisy = gaussian_filter(100 + 4 * rng.poisson(light), 0.6)          # neighbours share their noise
+        for folder, image in (("noisy", noisy), ("clean", 100 + 4 * light)):
+            write_image(tmp_path / folder / f"{i}.tif", np.rint(image).astype(np.uint16))
+        lines.append({"image": f"clean/{i}.tif", "conditioning_image": f"noisy/{i}.tif", "text": "ER of COS-7", "group": str(i)})
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    camera = find_camera(load_dataset(manifest))
+    assert camera[0] > 0.5 and camera[2] >= 0
+    weights, said = load_weights("nano-denoise"), []
+    adapt(manifest, "mine", task="denoise", work=tmp_path / "work", out=tmp_path, config=replace(SHORT, steps=2), device="cpu", say=said.append)
+    assert any(f"--camera {camera[0]}" in line for line in said)
+    mine = load_weights(str(tmp_path / "mine"))
+    assert tuple(mine.config["camera"]) == camera and fill_camera(mine, RestoreSettings()).camera == camera
+    assert fill_camera(mine, RestoreSettings(camera=(1, 2, 3))).camera == (1, 2, 3) and fill_camera(weights, RestoreSettings()).camera is None
+    noisy, out = str(tmp_path / "noisy/0.tif"), str(tmp_path / "out.tif")
+    assert main(["restore", noisy, out, "--model", str(tmp_path / "mine")]) == 0
+    assert read_image(out).metadata["fluogen"]["camera"] == list(camera)
+    written = Path(out).stat().st_mtime_ns
+    assert main(["restore", noisy, out, "--model", str(tmp_path / "mine")]) == 0 and Path(out).stat().st_mtime_ns == written
+    assert main(["restore", noisy, str(tmp_path / "other.tif"), "--task", "denoise"]) != 0
 
 
 def test_weights_that_ship_keep_their_names(tmp_path):

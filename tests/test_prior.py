@@ -1,18 +1,20 @@
 """The prior: what it learns from, that it goes on where it stopped, and what its card says."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fluogen.data.io import Image, write_image
+from fluogen.data.pairs import simulate_targets
 from fluogen.data.record import Record
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.diffusion.shape import BackboneConfig
 from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks.open_images import OpenImagesError, draw_crop, known_prompt, licences, may_learn, open_images
 from fluogen.tasks import prior
-from fluogen.tasks.prior import draw_times, train_prior
+from fluogen.tasks.prior import DEALS, Deal, RecipeError, dealt, draw_times, prior_batch, scenes_seen, train_prior
 from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
 
 
@@ -89,3 +91,26 @@ def test_trains_goes_on_and_starts_from_weights(shelf, tmp_path, monkeypatch):
     assert f"gone on from {weights.id}" in said and f"Before, as {weights.id}: Simulated scenes" in said
     assert "or have open licences" in said and "no real image" in said            # the weights that it began from saw some
     assert load_weights(str(again)).backbone.config == weights.backbone.config
+    assert [(seen["seed"], seen["steps"], seen["scenes"]) for seen in scenes_seen(load_weights(str(again)))] == [(0, 2, 1024), (0, 1, 1024)]
+    with pytest.raises(RecipeError, match="encoder-nano: these weights are no prior"):
+        train_prior(tmp_path / "b", tmp_path / "wb", steps=1, start="encoder-nano")
+
+
+def test_what_is_drawn_badly_is_dealt_more_often():
+    deal, rare = DEALS["nano-generate"], {"S. aureus", "E. coli", "Lysosomes of HeLa"}
+    def share(deal):
+        rounds = Rounds(simulate_targets, 3, n=60, groups=deal.groups)
+        batches = [prior_batch(step, 0, 16, rounds, whole=deal.whole) for step in range(8)]
+        prompts = [p for batch in batches for p in batch["prompts"] if p]
+        return sum(p in rare for p in prompts) / len(prompts), [batch["target"].shape[-1] for batch in batches]
+    plain, more = share(Deal()), share(deal)
+    assert plain[0] < 0.3 < more[0] < 0.6
+    assert plain[1] == [64, 64, 64, 128] * 2 and more[1] == [64, 128] * 4
+
+
+def test_older_weights_tell_what_they_saw_as_far_as_their_card_does():
+    old = lambda recipe: SimpleNamespace(id="a@2", config={"card": {"recipe": recipe, "training": {"steps": 70}}})
+    assert scenes_seen(old("fluogen train nano --seed 4 --steps 70")) == [dealt(Deal(), 4, 70)]
+    assert scenes_seen(old("fluogen train nano --seed 4, gone on from nowhere@1")) == [dealt(Deal(), 4, 70)]
+    first = load_weights("fluogen-nano")
+    assert scenes_seen(old(f"fluogen train nano --seed 5, gone on from {first.id}")) == [*scenes_seen(first), dealt(Deal(), 5, 70)]

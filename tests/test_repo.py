@@ -298,6 +298,8 @@ def test_what_is_installed_has_no_torchvision():
 def test_sizes():
     weights = sum(path.stat().st_size for path in under("fluogen/weights"))
     assert weights <= 32 * MIB
+    size = lambda *starts: sum(path.stat().st_size for path in under("fluogen/weights") if path.parent.name.startswith(starts))
+    assert size("fluogen-nano", "nano-sr", "bench30") <= 14e6 and size("nano-denoise", "bench-denoise", "bench-pairs") <= 8e6
     assert sum(path.stat().st_size for path in tracked()) < 44 * MIB
     assert not [name_of(path) for path in under("figures", ".png") if path.stat().st_size > 300_000]
     assert not [name_of(path) for path in under("figures") if path.name == "run.json" or "smoke" in path.parts]

@@ -16,7 +16,7 @@ from fluogen.data.io import Image, read_image, write_image
 from fluogen.diffusion.direct import upsample
 from fluogen.diffusion.zoo import ZooError, load_weights
 from fluogen.tasks import folders, memory, restore
-from fluogen.tasks.folders import list_images, restore_file, restore_files
+from fluogen.tasks.folders import convert, list_images, restore_file, restore_files
 from fluogen.tasks.memory import MemoryLimitError
 from fluogen.tasks.restore import list_planes, match_flux, restore_image, restore_unit
 from fluogen.tasks.settings import RestoreError, RestoreSettings, check_weights, load_for_task
@@ -436,18 +436,23 @@ def test_other_channels_names_are_kept(toy, tmp_path):
     assert read_image(tmp_path / "out.ome.tif").metadata["channels"] == ["actin", "DNA"]
 
 
-def test_integers_are_rounded_clipped_and_that_is_said(toy, tmp_path):
+def test_integers_are_rounded_clipped_a_little_and_that_is_said(toy, tmp_path):
     bright = make_image(20, 20)
     bright.array[:] = np.clip(bright.array.astype(float) * 60, 0, 65535)
     source = write_image(tmp_path / "raw.tif", bright)
-    with pytest.warns(UserWarning, match="raw.tif: .* pixels clipped to uint8"):
+    with pytest.raises(RestoreError, match="raw.tif: the result does not fit uint8 .*--intensity unit"):
         restore_file(source, tmp_path / "out.tif", toy, MEAN, dtype="uint8")
+    assert not (tmp_path / "out.tif").exists()
     restore_file(source, tmp_path / "float.tif", toy, MEAN)
+    restore_file(source, tmp_path / "same.tif", toy, MEAN, dtype="same")
     restore_file(source, tmp_path / "full.tif", toy, RestoreSettings(intensity="unit", **SMALL),
                  dtype="uint16")
-    exact, out = read_image(tmp_path / "float.tif").array, read_image(tmp_path / "out.tif").array
-    assert np.array_equal(out, np.clip(np.rint(exact), 0, 255))
+    exact, out = read_image(tmp_path / "float.tif").array, read_image(tmp_path / "same.tif").array
+    assert np.array_equal(out, np.clip(np.rint(exact), 0, 65535))
     assert read_image(tmp_path / "full.tif").array.max() > 30_000
+    few = Image(np.append(np.full(399, -3.4), 300.0).reshape(20, 20).astype(np.float32), "YX", path="few.tif")
+    with pytest.warns(UserWarning, match="few.tif: 400 of 400 pixels clipped to uint8"):
+        assert convert(few, np.dtype("uint8")).array.max() == 255
 
 
 def test_kept_only_if_nothing_changed(toy, tmp_path):

@@ -17,11 +17,11 @@ import numpy as np
 from ..core import FluogenError
 from .facts import Facts, examine_image
 from .files import hash_file
-from .io import read_image
+from .io import read_plane
 from .lint import Finding, lint
 from .record import Record
 from .register import PairError, Shift, measure_shift
-from .registry import find_dataset
+from .registry import Entry, find_dataset
 from .roles import pair_folder
 
 # %% ../../nbs/lib/data/58_check.ipynb #1c2f2353
@@ -30,7 +30,7 @@ ADVICE: dict[str, tuple[bool, str]] = {     # kind: (must be mended, what to do)
     "unreadable": (True, "Replace it or leave it out."),
     "checksum": (True, "Fetch the file again, or write the list anew with --manifest."),
     "unpaired": (True, "Give it a partner of the same name, or take it away."),
-    "one-pair": (True, "Bring at least 3 fields: one to train, one to validate, one to test."),
+    "one-pair": (True, "Bring pairs of at least 2 cells or fields: one to learn from, one to stop by; and a third to judge by."),
     "stack": (True, "Save the plane that is meant as an image of its own (axes YX)."),
     "not-a-number": (True, "Save the image without NaN and infinite pixels."),
     "constant": (True, "Leave the image out."),
@@ -45,6 +45,7 @@ ADVICE: dict[str, tuple[bool, str]] = {     # kind: (must be mended, what to do)
     "leak-file": (True, "Keep the file in one split only."),
     "leak-content": (True, "Delete one of them, or put both into one split."),
     "leak-near": (True, "Give both the same group, and one split."),
+    "two-fields-only": (False, "Bring a third cell or field, which no training sees."),
     "slightly-shifted": (False, "Align them with --mend OUT if fine detail matters."),
     "near-duplicate": (False, "Give both the same group, so that no split separates them."),
     "duplicate": (False, "Delete one of them."),
@@ -169,24 +170,25 @@ def judge_pair(condition: Facts, target: Facts, pixels: tuple) -> tuple[list[tup
     if not shift.is_certain or shift.length > min(condition.shape) / 8:
         strange = alike < 0.3 or shift.is_certain
         return found + ([("two-fields", f"nothing in common (correlation {alike:.2f})")] if strange else []), None
-    if shift.length > SLIGHT_PX + shift.error_px:
-        kind = "shifted" if shift.length > SHIFT_PX + shift.error_px else "slightly-shifted"
+    if shift.exceeds(SLIGHT_PX):
+        kind = "shifted" if shift.exceeds(SHIFT_PX) else "slightly-shifted"
         found.append((kind, f"the target lies {shift.y:+.2f} down, {shift.x:+.2f} right of the input, in pixels of the input"))
     return found, shift
 
 # %% ../../nbs/lib/data/58_check.ipynb #84e29b69
 NEAR = 0.995        # correlation of thumbnails; above it two targets show the same field
-FEW = 3             # groups that a training needs
+FEW = 2             # groups that a training needs; one more judges it
 
 
 def _judge_set(report: Report, lonely: list[Path]) -> list[Finding]:
     "What only shows when all images are looked at together."
     found = [Finding("unpaired", str(path), "no partner") for path in lonely]
     paired, records = [record for record in report.records if record.conditioning_image], report.records
-    if paired and len({record.group for record in paired}) < FEW:
-        groups = len({record.group for record in paired})
-        found.append(Finding("one-pair", report.source, f"{len(paired)} pair{'s' * (len(paired) > 1)} of {groups} "
-                             f"field{'s' * (groups > 1)}, nothing can be held out"))
+    groups = len({record.group for record in paired})
+    if paired and groups <= FEW:
+        kind, what = ("one-pair", "nothing can be held out") if groups < FEW else ("two-fields-only", "none is left to judge the result by")
+        found.append(Finding(kind, report.source, f"{len(paired)} pair{'s' * (len(paired) > 1)} of {groups} field{'s' * (groups > 1)}, "
+                             f"{what}"))
     if paired and len(paired) < len(records):
         alone = next(record for record in records if not record.conditioning_image)
         found.append(Finding("unpaired", alone.where, f"{alone.image} has no input, others have",
@@ -210,12 +212,13 @@ def _judge_set(report: Report, lonely: list[Path]) -> list[Finding]:
     return found
 
 
-def open_source(path: str | Path) -> tuple[str, list[Record], list[Path]]:
-    "Records of a manifest, of the name of a data set, or of a plain folder; and files without partner."
+def open_source(path: str | Path) -> tuple[str, list[Record], list[Path], Entry | None]:
+    "Records of a manifest, of the name of a data set, or of a plain folder; files without partner; what the registry says of the set."
     path = Path(path)
     if path.is_dir() and not (path / "manifest.jsonl").is_file():
-        return (str(path), *pair_folder(path))
-    return str(path), find_dataset(path, download=False).records(), []
+        return (str(path), *pair_folder(path), None)
+    found = find_dataset(path, download=False)
+    return str(path), found.records(), [], found.entry
 
 # %% ../../nbs/lib/data/58_check.ipynb #993b4d5a
 def check_data(
@@ -223,13 +226,13 @@ def check_data(
     callback: Callable | None = None,       # called with (done, total)
 ) -> Report:
     "Read and judge every image. Raises a `FluogenError` only when there is nothing to check."
-    source, records, lonely = open_source(path)
+    source, records, lonely, entry = open_source(path)
     report, seen, keys = Report(source, records), {}, {}
 
-    def look(file):
+    def look(file, frames=None):
         if file not in seen:
             try:
-                facts, array = examine_image(file)
+                facts, array = examine_image(file, frames)
                 seen[file], keys[file] = facts, facts.content
                 for kind, what in judge_image(facts):
                     report.findings.append(Finding(kind, str(file), what))
@@ -243,17 +246,19 @@ def check_data(
     for number, record in enumerate(records, 1):
         (target, pixels), condition, shift = look(record.path), None, None
         if record.conditioning_path:
-            condition, measured = look(record.conditioning_path)
+            frames = record.extra.get("frames")
+            condition, measured = look(record.conditioning_path, frames)
             if condition and target and condition.is_plane and target.is_plane and not (
                     condition.bad or target.bad or condition.constant or target.constant or min(target.shape) < LEAST_PX):
-                pixels, measured = (read_image(facts.path).array if array is None else array
-                                    for facts, array in ((target, pixels), (condition, measured)))
+                pixels, measured = (read_plane(facts.path, joined).array if array is None else array
+                                    for facts, array, joined in ((target, pixels, None), (condition, measured, frames)))
                 found, shift = judge_pair(condition, target, (measured, pixels))
                 report.findings += [Finding(kind, str(record.conditioning_path), what) for kind, what in found]
         if target and (condition or not record.conditioning_path):
             report.pairs.append(Pair(record, target, condition, shift))
         if callback:
             callback(number, len(records))
-    report.findings += lint(records, content=lambda file: keys.get(file) or hash_file(file))
+    known = (entry.prompts or None, entry.folders or None) if entry else (None, None)
+    report.findings += lint(records, *known, content=lambda file: keys.get(file) or hash_file(file))
     report.findings += _judge_set(report, lonely)
     return report

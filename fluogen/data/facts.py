@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import convolve, gaussian_filter
 
 from ..core import hash_array
-from .io import read_image
+from .io import read_plane
 from .labels import is_label_map
 
 # %% ../../nbs/lib/data/56_facts.ipynb #277dec1c
@@ -91,9 +91,10 @@ def make_thumbnail(plane) -> np.ndarray:
 
 def examine_image(
     path: str | Path,
+    frames: str | None = None,      # "mean": of the frames of a stack, see `read_plane`
 ) -> tuple[Facts, np.ndarray]:      # facts, pixels as stored
     "Read an image and measure it. Raises `ImageReadError` as `read_image` does."
-    image = read_image(path)
+    image = read_plane(path, frames)
     array = image.array
     plane = array.reshape(-1, *array.shape[-2:])[0] if image.axes.endswith("YX") else array[..., 0]
     finite = plane[np.isfinite(plane)] if plane.dtype.kind == "f" else plane

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .check import SLIGHT_PX, Report
-from .io import Image, read_image, write_image
+from .io import Image, read_plane, write_image
 from .manifest import write_manifest
 from .register import PairError, align_pair
 
@@ -19,7 +19,7 @@ def mend_shifts(
     report: Report,
     out: str | Path,                        # a new folder
 ) -> tuple[Path, list[str]]:                # its manifest; the pairs that were left out
-    "Copies of all sound pairs, the shifted ones aligned. Raises `PairError` when none is left or the folder is not new."
+    "Copies of all sound pairs, those aligned whose shift is beyond doubt. Raises `PairError` when none is left or the folder is not new."
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise PairError("the folder for mended pairs is not empty", where=out, hint="Name a new one.")
@@ -28,19 +28,21 @@ def mend_shifts(
     records, left_out = [], []
     for number, pair in enumerate(report.pairs):
         files = (pair.record.conditioning_path, pair.record.path)
-        if pair.shift is None or faulty & {str(file) for file in files} or pair.record.where in changed:
+        if pair.condition is None or pair.condition.labels or faulty & {str(file) for file in files} or pair.record.where in changed:
             left_out.append(pair.name)
             continue
-        images = [read_image(file) for file in files]
+        images = [read_plane(file, joined) for file, joined in zip(files, (pair.record.extra.get("frames"), None))]
         arrays = [image.array for image in images]
-        if pair.shift.length > SLIGHT_PX:
+        moved = pair.shift is not None and pair.shift.exceeds(SLIGHT_PX)
+        if moved:
             arrays = align_pair(*arrays, pair.shift)
         names = [f"{role}/{number:04d}_{Path(file).stem}.tif" for role, file in zip(("noisy", "clean"), files)]
         for name, image, array in zip(names, images, arrays):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            note = {"mended_shift_px": [pair.shift.y, pair.shift.x]} if pair.shift.length > SLIGHT_PX else {}
+            note = {"mended_shift_px": [pair.shift.y, pair.shift.x]} if moved else {}
             write_image(out / name, Image(array, "YX", image.pixel_um, image.metadata), metadata=note)
-        records.append(replace(pair.record, image=names[1], conditioning_image=names[0], base=out.absolute(), sha256=None))
+        records.append(replace(pair.record, image=names[1], conditioning_image=names[0], base=out.absolute(), sha256=None,
+                               extra={key: value for key, value in pair.record.extra.items() if key != "frames"}))
     if not records:
         raise PairError("no pair is left that could be mended", where=out)
     return write_manifest(out / "manifest.jsonl", records), left_out
@@ -61,9 +63,12 @@ def next_step(
         return "no pairs: these images can serve as targets of simulated pairs, or give each a noisy or coarse partner"
     if all(pair.condition.labels for pair in pairs) and manifest is not None:
         return f"teach a model to draw images for masks: fluogen finetune {manifest} --task mask2image --name NAME"
-    scales = {pair.shift.scale for pair in pairs if pair.shift}
+    scales = sorted({pair.target.shape[0] // pair.condition.shape[0] for pair in pairs})
     if manifest is None:
         return f"write the list of pairs: fluogen check {report.source} --manifest pairs.jsonl"
-    if scales <= {1}:
+    if scales == [1]:
         return f"tune a denoiser on them: fluogen finetune {manifest} --task denoise --name NAME"
+    if scales != [2]:
+        return (f"targets {' and '.join(map(str, scales))} times their inputs: bring all to twice (super-resolution) or to the same size "
+                "(denoising), then check again")
     return f"tune a model on them: fluogen finetune {manifest} --name NAME"

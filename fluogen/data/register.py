@@ -25,6 +25,7 @@ class Shift(NamedTuple):
     x: float                # to the right
     scale: int              # target pixels along one input pixel
     certainty: float        # height of the peak over the ripple; below 15 the images share nothing measurable
+    drop: float = np.inf    # how much lower, in the same unit, the place of no shift lies
 
     @property
     def length(self) -> float: return float(np.hypot(self.y, self.x))
@@ -36,6 +37,10 @@ class Shift(NamedTuple):
 
     @property
     def is_certain(self) -> bool: return self.certainty >= 15
+
+    def exceeds(self, limit_px: float) -> bool:
+        "Longer than that beyond its error, and a better fit than no shift by more than ripple explains (a rule found on dim scenes)."
+        return self.is_certain and self.length > limit_px + self.error_px and self.drop > 5 * limit_px
 
 
 def find_scale(
@@ -82,8 +87,9 @@ def measure_shift(
         fine = (rows @ cross @ columns).real
         best = np.unravel_index(fine.argmax(), fine.shape)
         place = [place[axis] + around[best[axis]] for axis in (0, 1)]
-    return Shift(round(float(place[0]), 3), round(float(place[1]), 3), scale,
-                 float(ripple.max() / spread) if spread > 0 else 0.0)
+    heights = ripple.max(), fine.max() / ripple.size - ripple[0, 0]
+    certainty, drop = (float(height / spread) if spread > 0 else 0.0 for height in heights)
+    return Shift(round(float(place[0]), 3), round(float(place[1]), 3), scale, certainty, drop)
 
 # %% ../../nbs/lib/data/54_register.ipynb #3e60faa4
 def align_pair(

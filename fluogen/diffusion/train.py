@@ -106,7 +106,8 @@ def show_progress(t: Training, began: float, deadline: float, last: bool = False
     rate = (p.step - t.first_step) / max(1e-9, now - began)
     left = min((t.config.steps - p.step) / max(1e-9, rate), deadline - now)
     loss = f"loss {p.curve[-1]['loss']:.4g}" if p.curve else "loss …"
-    best = f"  best {p.best_value:.4g} at {p.best_step}" if p.best_value is not None else ""
+    unit = " dB" if (p.best_value or 0) < 0 else ""                          # minus a PSNR
+    best = f"  best {abs(p.best_value):.4g}{unit} at {p.best_step}" if p.best_value is not None else ""
     line = f"{loss}{best}  {rate:.2f} steps/s  {max(0, left) / 60:.1f} min left"
     start, end = ("\r", "\033[K") if live and not last else ("", "\n")
     print(f"{start}step {p.step}/{t.config.steps}  {line}", end=end, file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCH_CONFIG', 'TUNE_CONFIG', 'MANY_CONFIG', 'MAX_VALIDATION', 'METHODS', 'RANDOM_START', 'LEARNED', 'OURS', 'Method',
-           'make_fitter', 'draw_pairs', 'pace', 'run_method', 'load_method', 'run_jobs', 'fit_all']
+           'make_fitter', 'draw_pairs', 'tell_ends', 'pace', 'run_method', 'load_method', 'run_jobs', 'fit_all']
 
 # %% ../../nbs/lib/tasks/50_bench30.ipynb #6f782d3e
 import json
@@ -74,6 +74,16 @@ def make_fitter(method: str, seed: int):
 def draw_pairs(method: str, seed: int, n_pairs: int, dataset: str) -> tuple[Pairs, Pairs]:
     "What a method learns from, and what it is stopped by."
     return draw_thirty(seed, n_pairs, dataset, METHODS[method].frames == 9)
+
+
+def tell_ends(fits: list[dict], name: str) -> str:
+    "How many of these fits their last step ended before patience did, and how many kept the weights they began with; or nothing."
+    fits = [fit for fit in fits if fit.get("steps")]
+    cut = sum(fit["steps"] == fit["config"]["steps"] < fit["best step"] + fit["config"]["patience"] * fit["config"]["validate_every"]
+              for fit in fits)
+    idle = sum(fit["best step"] == 0 for fit in fits)
+    return (f"; {cut} of {len(fits)} fits of {name} were ended by their last step, not by patience" if cut else "") + (
+        f"; {idle} of {len(fits)} fits of {name} were best before the first step" if idle else "")
 
 
 def pace(fitter, pairs: Pairs, config: FitConfig, repeats: int = 4) -> float:

@@ -35,7 +35,7 @@ from ..uncertainty.guard import InputRange, check_size, describe_image, judge_in
 def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> Field:
     "A pair with its measured counts; raises what is wrong with it, or why its noise cannot be estimated."
     if weights.config["norm"] != STABLE:
-        target, _, _ = read_pair(record, weights.config["scale"])
+        target, *_ = read_pair(record, weights.config["scale"])
         counts = read_image(record.conditioning_path).array
         check_size(counts.shape, record.conditioning_path)
         return Field(counts, target[0].numpy(), str(record.group))

@@ -133,7 +133,7 @@ def figure_claims(record: dict | None, why: str, seconds: float | None = None) -
                               f"held-out scenes at the same exposures ({accuracy} at full exposure, says its card)"),
              "no_copies": dict(measured=copies["share"], at_most=copies["limit"],
                                why=f"{copies['flagged']} of {copies['n']} below the 1 % quantile of "
-                               f"{copies['held_out']} held-out scenes, {copies['training']} scenes of the last training; the bound is what "
+                               f"{copies['held_out']} held-out scenes, {copies['training']} scenes that it learned from; the bound is what "
                                "chance explains, 95 %"),
              "planted_copies": dict(measured=copies["planted_found"] / copies["planted"],
                                     why=f"{copies['planted']} copies"),

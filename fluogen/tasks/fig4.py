@@ -7,6 +7,7 @@ __all__ = ['CONVENTIONS', 'WORDS', 'DISPLAY', 'METRICS', 'Fig4Error', 'cut_to_mi
            'figure_methods', 'weight_ids', 'figure_panels', 'summarise', 'format_table']
 
 # %% ../../nbs/lib/tasks/70_fig4.ipynb #99175837
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -55,7 +56,7 @@ def open_fields(dataset: str, per_structure: int, size_px: int = 256) -> tuple[P
         if name is None or sum(r[0] == name for r in rows) >= per_structure:
             continue
         try:
-            target, condition, pixel_um = read_pair(record)
+            target, condition, pixel_um, _ = read_pair(record)
             rows.append((name, text, *cut_to_middle(target, condition, size_px), pixel_um or REFERENCE_PIXEL_UM))
         except FluogenError as error:
             notes.append(f"left out: {error}")
@@ -70,17 +71,14 @@ def open_fields(dataset: str, per_structure: int, size_px: int = 256) -> tuple[P
                      condition=torch.stack([r[3][..., :side // 2, :side // 2] for r in rows])), notes
 
 
-WORDS = {"factin": ("actin",), "microtubules": ("microtubule", "tubulin"), 
-         "er": ("er of", "endoplasmic", "er"), "ccps": ("ccp", "clathrin")}
+WORDS = {"factin": {"actin", "factin", "phalloidin"}, "microtubules": {"microtubule", "microtubules", "tubulin"},
+         "er": {"er", "endoplasmic"}, "ccps": {"ccp", "ccps", "clathrin"}}
 
 
 def guess_structure(text: str) -> str | None:
-    "The row of the figure that a prompt belongs to; None for another structure."
-    low = text.lower()
-    for name, words in WORDS.items():
-        if any(w == low or (len(w) > 2 and w in low) for w in words):
-            return name
-    return None
+    "The row of the figure that a prompt belongs to, by whole words; None for another structure."
+    said = set(re.findall("[a-z]+", text.lower()))
+    return next((name for name, words in WORDS.items() if said & words), None)
 
 # %% ../../nbs/lib/tasks/70_fig4.ipynb #5a915f61
 DISPLAY = {"bicubic": "Bicubic", "richardson_lucy": "Rich.-Lucy", "care": "CARE", "dfcan": "DFCAN", "rcan": "RCAN",

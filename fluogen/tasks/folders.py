@@ -24,7 +24,7 @@ from ..data.labels import LABEL_NORMS
 from ..diffusion.zoo import Weights
 from .memory import free_bytes
 from .restore import describe_run, list_planes, restore_image
-from .settings import RestoreError, RestoreSettings, check_weights
+from .settings import RestoreError, RestoreSettings, check_weights, fill_camera
 
 # %% ../../nbs/lib/tasks/12_folders.ipynb #2e61b687
 SUFFIXES = (".ome.tif", ".ome.tiff", ".tif", ".tiff", ".btf", ".png", ".mrc", ".mrcs", ".map",
@@ -92,12 +92,15 @@ def convert(
     full: bool = False,             # [0, 1] becomes the whole range of an integer type
     rounding=np.rint,               # np.floor for a lower bound, np.ceil for an upper one
 ) -> Image:
-    "To another number type: integers are rounded and clipped, with a warning."
+    "To another number type: integers are rounded and clipped, with a warning; refused where more than 1 % lies above the range."
     if dtype.kind not in "ui":
         return replace(image, array=image.array.astype(dtype))
     limits = np.iinfo(dtype)
     array = rounding(image.array.astype(np.float64) * (limits.max if full else 1))
     outside = int(((array < limits.min) | (array > limits.max)).sum())
+    if (above := (array > limits.max).mean()) > 0.01:
+        raise RestoreError(f"the result does not fit {dtype}", image.path, f"{above:.0%} of the pixels above {limits.max}", "1 % at most",
+                           "Take --dtype float32 or uint16, or grey values from 0 to 1 with --intensity unit.")
     if outside:
         warnings.warn(f"{image.path}: {outside} of {array.size} pixels clipped to {dtype}", stacklevel=3)
     return replace(image, array=np.clip(array, limits.min, limits.max).astype(dtype))
@@ -158,6 +161,7 @@ def restore_file(
     if dtype not in DTYPES:
         raise RestoreError("no such number type", where="dtype", found=dtype, expected=", ".join(DTYPES))
     check_weights(weights, settings)
+    settings = fill_camera(weights, settings)
     if memory_gb is not None and not 0 < memory_gb < math.inf:
         raise RestoreError("setting out of range", "memory", memory_gb, "gigabytes, above 0")
     budget = memory_gb * 2**30 if memory_gb is not None else free_bytes() or 2**33

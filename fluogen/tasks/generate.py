@@ -81,7 +81,7 @@ def check_size(size_px: int, weights: Weights) -> None:
     "Raises `GenerateError` with the sizes that the network takes."
     if not {"backbone", "prompts"} <= set(weights.modules) or weights.schedule is None:
         raise GenerateError("these weights draw nothing", where=weights.name, found=f"task {weights.config.get('task')}",
-                            expected="task generate", hint="Say --model nano-generate, or leave it out.")
+                            expected="task generate", hint="Name nano-generate, or no weights at all.")
     multiple, (low, high) = weights.backbone.config.size_multiple, SIZES_PX
     if size_px % multiple or not low <= size_px <= high:
         raise GenerateError("the network does not take this size", where="size_px", found=size_px,

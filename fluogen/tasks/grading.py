@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'WAYS', 'BLOCK', 'SHARE', 'GradingError', 'draw_block', 'draw_way', 'block_prompts', 'held_out_scenes',
-           'trained_rounds', 'training_scenes', 'grade_set', 'disguise', 'grade_copies', 'grade_prior',
-           'encoder_accuracy', 'round_numbers']
+           'deal_again', 'training_scenes', 'grade_set', 'disguise', 'grade_copies', 'grade_prior', 'encoder_accuracy',
+           'round_numbers']
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #4bf79392
 import time
@@ -28,6 +28,7 @@ from ..metrics.pictures import (as_stack, average_over_labels, histogram_distanc
 from .encoder import Encoder, default_encoder, embed
 from .generate import GenerateSettings, check_size, generate
 from .records import keep_record
+from .prior import scenes_seen
 from .scenes import PAPER_PROMPTS, Rounds
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #3fd6658e
@@ -85,17 +86,16 @@ def held_out_scenes(per_prompt: int, seed: int = 0) -> tuple[np.ndarray, list[st
     return (images * exposure[:, None, None]).astype(np.float32), scenes.prompts
 
 
-def trained_rounds(weights):
-    "The rounds that a prior was trained on, drawn again from the seed in its recipe."
-    found = weights.config["card"]["recipe"].split("--seed ")[1:]
-    return Rounds(simulate_targets, int(found[0].split()[0]) if found else 0)
+def deal_again(seen: dict) -> Rounds:
+    "The rounds of one training of `scenes_seen`, drawn again."
+    return Rounds(simulate_targets, seen["seed"], n=seen["scenes"], groups=seen["groups"])
 
 
 def training_scenes(weights, most: int | None = None) -> np.ndarray:
-    "The scenes that a prior was trained on, shrunk for `find_nearest`; `most` rounds."
-    rounds, steps = trained_rounds(weights), weights.config["card"]["training"]["steps"]
-    count = -(-steps // rounds.steps)
-    parts = [part for number in range(min(count, most or count)) for part in rounds.at(number * rounds.steps)]
+    "The scenes that a prior was trained on, and those of the weights it went on from, shrunk for `find_nearest`; the `most` last rounds."
+    again = [(deal_again(seen), seen["steps"]) for seen in scenes_seen(weights)]
+    last = [(rounds, step) for rounds, steps in again for step in range(0, steps, rounds.steps)][-most if most else 0:]
+    parts = [part for rounds, step in last for part in rounds.at(step)]
     return np.concatenate([shrink_pictures(part.target) for part in parts])
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #fa8a1f23
@@ -161,6 +161,9 @@ def grade_prior(
                            expected=f"a multiple of {BLOCK}, at least {2 * BLOCK}")
     weights, encoder, folder = load_weights(model), encoder or default_encoder(), Path(out) / "generation"
     check_size(options.get("size_px", 128), weights)
+    if not scenes_seen(weights):
+        raise GradingError("what these weights learned from is not known, so copies cannot be looked for", where=model,
+                           hint="Grade weights of `fluogen train nano` or `nano-generate`.")
     weights.backbone.to(memory_format=torch.channels_last)                  # a sixth less time
     work = Path(work) / weights.id.replace("@", "-")
     real, real_prompts = held_out_scenes(per_prompt, 0)
@@ -175,7 +178,7 @@ def grade_prior(
     compared = {f"{first} / {second}": vars(compare_kernel_distances(truth, features[first], features[second],
                                                                      (words, sets[first][1], sets[second][1])))
                 for first, second in (("ten passes", "DDPM 20"), ("ten trailing", "DDPM 20"), ("guidance 2", "ten passes"))}
-    parts = trained_rounds(weights).at(0)                                   # copies of every kind of scene are planted
+    parts = deal_again(scenes_seen(weights)[-1]).at(0)                              # copies of every kind of scene are planted
     few = 32 // len(parts)
     planted = np.concatenate([part.target[:few, 0].numpy() for part in parts]), [p for part in parts for p in part.prompts[:few]]
     copies = grade_copies(*sets["ten passes"], np.concatenate([real, other]), words,

@@ -24,7 +24,7 @@ from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, ZooError, find_weights, list_weights, load_weights
 from .memory import TileSide
 from .restore import PlanePasses, show_plane, walk_chains
-from .settings import RestoreSettings, check_weights
+from .settings import RestoreSettings, check_weights, fill_camera
 from ..uncertainty.calibration import calibrate_stream
 from ..uncertainty.certificate import Calibration
 from ..uncertainty.families import CalibrationError
@@ -140,7 +140,7 @@ def restore_sets(
 def system_facts(weights: Weights, settings: RestoreSettings, heads: Weights | None, family: str) -> dict:
     "Everything that a calibration must agree on with the system that uses it."
     sampled, norm = settings.samples > 0, weights.config["norm"]
-    norm += f", noise {'stated' if settings.camera else 'estimated'}" if norm == STABLE else ""
+    norm += f", noise {'stated' if fill_camera(weights, settings).camera else 'estimated'}" if norm == STABLE else ""
     return {"weights": weights.id, "heads": heads.id if family in HEADED else "none",
             "sampler": settings.sampler if sampled else "direct",
             "steps": settings.passes if sampled else 1, "samples": settings.samples, "normalisation": norm,
@@ -161,14 +161,14 @@ def simulated_fields(made, split: str = "validation") -> list[Field]:
 
 def measured_unit(counts: np.ndarray, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> torch.Tensor:
     "(C,h,w): counts shown as when restoring."
-    return torch.from_numpy(show_plane(counts, weights.config["norm"], settings)[0])
+    return torch.from_numpy(show_plane(counts, weights.config["norm"], fill_camera(weights, settings))[0])
 
 
 def as_shown(field: Field, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> tuple[torch.Tensor, np.ndarray]:
     "(C,h,w) what the network is shown, and the truth (H,W) on the scale of its answer. Raises `NoiseError`."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                              # a small or saturated field counts as it is
-        unit, back = show_plane(field.counts, weights.config["norm"], settings)
+        unit, back = show_plane(field.counts, weights.config["norm"], fill_camera(weights, settings))
     if weights.config["norm"] != STABLE:
         return torch.from_numpy(unit), field.target
     dark, white = back(np.array([0.0, 1.0])).astype(np.float64)                      # counts of no light, and of light 1

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, choose_device, hash_array, make_rng
+from ..data.check import SHIFT_PX
 from ..data.files import check_writable
 from ..data.intensity import scale_to_unit
-from ..data.io import read_image
+from ..data.io import read_image, read_plane
+from ..data.register import measure_shift
 from ..data.registry import load_dataset
 from ..data.splits import reserve
 from ..data.stabilise import STABLE
@@ -32,7 +34,7 @@ from .bench_pairs import expect_gain
 from .denoise import noisy_light
 from .fewer import merge, restrict
 from .finetune import ControlFitter, DirectFitter, FitConfig, Pairs, fit, validation_psnr
-from .noisy_pairs import read_noisy_pair
+from .noisy_pairs import find_camera, find_jpeg, read_noisy_pair
 from .records import find_record
 from .recipes import module_configs
 from .settings import load_for_task
@@ -51,24 +53,27 @@ class OwnPairsError(FluogenError):
 def check_plane(image) -> None:
     "Raise for an image that is no plane of grey values, is constant, or holds NaN."
     if image.array.ndim != 2:
-        raise OwnPairsError("not a plane of grey values", where=image.path, found=image.axes, expected="YX")
+        raise OwnPairsError("not a plane of grey values", where=image.path, found=image.axes, expected="YX",
+                            hint="Save the plane that is meant as an image of its own.")
     if not np.isfinite(image.array).all() or image.array.min() == image.array.max():
-        raise OwnPairsError("constant, or pixels that are no numbers", where=image.path, found=f"minimum {image.array.min()}")
+        raise OwnPairsError("constant, or pixels that are no numbers", where=image.path, found=f"minimum {image.array.min()}",
+                            hint="Leave the pair out.")
 
 
-def read_pair(record, scale: int = 2) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    "Target (1,H,W) and condition (1,h,w) in unit range, and the target's pixel in um or None; raises what is wrong with the pair."
+def read_pair(record, scale: int = 2) -> tuple[torch.Tensor, torch.Tensor, float | None, list[str]]:
+    "Target (1,H,W), condition (1,h,w) in unit range, the target's pixel in um or None, and notes. Raises what is wrong with the pair."
     if not record.conditioning_image:
         raise OwnPairsError("a single image, not a pair", where=record.image, hint="Give image and conditioning_image.")
-    target, condition = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path)
+    target, condition = read_image(record.path, sha256=record.sha256), read_plane(record.conditioning_path, record.extra.get("frames"))
     for image in (target, condition):
         check_plane(image)
     if tuple(scale * n for n in condition.array.shape) != target.array.shape:
         raise OwnPairsError(f"the target is not {'twice' if scale == 2 else f'{scale} times'} the input", where=target.path,
-                            found=f"{condition.array.shape} and {target.array.shape}")
+                            found=f"{condition.array.shape} and {target.array.shape}", hint="Noisy and clean of one size: --task denoise."
+                            if condition.array.shape == target.array.shape else "Bin or crop the target to fit.")
     truth, _ = scale_to_unit(target.array, "percentile:0,99.9", clip=True)
     measured, _ = scale_to_unit(condition.array, "percentile:0.1,99.9", clip=True)
-    return torch.from_numpy(truth[None]), torch.from_numpy(measured[None]), (target.pixel_um or {}).get("X")
+    return torch.from_numpy(truth[None]), torch.from_numpy(measured[None]), (target.pixel_um or {}).get("X"), find_jpeg(condition, target)
 
 
 def cut_pair(target: torch.Tensor, condition: torch.Tensor, tile_px: int) -> list[tuple]:
@@ -83,8 +88,14 @@ def cut_pair(target: torch.Tensor, condition: torch.Tensor, tile_px: int) -> lis
 def read_pairs(source: str | Path, scale: int = 2, norm: str = "") -> tuple[Pairs, list[str]]:
     "Tiles of every usable pair of a manifest or data set, shown as `norm` says, and one line for each pair that was left out."
     def read(record):
-        target, condition, _, *said = read_noisy_pair(record) if norm == STABLE else read_pair(record, scale)
-        return target, condition, *said
+        if norm == STABLE:
+            target, condition, _, said = read_noisy_pair(record)
+            return target, condition, said
+        target, condition, _, said = read_pair(record, scale)
+        if (shift := measure_shift(condition[0], target[0])).exceeds(SHIFT_PX):
+            raise OwnPairsError("the target lies beside the input", where=record.path, found=f"{shift.length:.1f} pixels of the input",
+                                hint="Align the pairs: fluogen check MANIFEST --mend OUT.")
+        return target, condition, said
     return gather_tiles(source, read)
 
 
@@ -92,6 +103,10 @@ def gather_tiles(source: str | Path, read) -> tuple[Pairs, list[str]]:
     "Tiles of every pair that `read` (record -> target, condition, perhaps notes) takes, and one line for each that was left out."
     records, notes, pairs, seen = load_dataset(source), [], [], {}
     tests = [record for record in records if record.split == "test"]
+    content = lambda record: hash_array(read_plane(record.conditioning_path, record.extra.get("frames")).array)
+    for record in tests:
+        if record.conditioning_image and record.conditioning_path.is_file():
+            seen.setdefault(content(record), record.conditioning_image)
     if tests:
         notes.append(f"{len(tests)} of the split test left out: they are for judging the result")
     free = reserve((record for record in records if record.split != "test"), tests)
@@ -101,7 +116,7 @@ def gather_tiles(source: str | Path, read) -> tuple[Pairs, list[str]]:
         try:
             target, condition, *said = read(record)
             notes += sum(said, [])
-            twin = seen.setdefault((hash_array(condition.numpy()), record.prompts), record.conditioning_image)
+            twin = seen.setdefault(content(record), record.conditioning_image)
             if twin != record.conditioning_image:
                 raise OwnPairsError("repeats another input pixel for pixel", where=record.conditioning_image, found=twin)
             pairs.append((record, target, condition))
@@ -123,7 +138,7 @@ def split_pairs(pairs: Pairs, seed: int = 0, stated=frozenset()) -> tuple[Pairs,
     groups = sorted(set(pairs.groups))
     if len(groups) < 2:
         raise OwnPairsError("one group only", where="pairs", found=groups[0],
-                            hint="Give each pair its own cell or field in the manifest's key group; tuning needs two or more.")
+                            hint="Bring pairs of a second cell or field; the manifest's key group says which pairs belong together.")
     aside = stated & set(groups) or {groups[i] for i in make_rng(seed, "aside").permutation(len(groups))[:max(1, round(len(groups) / 5))]}
     train_rows, held = ([i for i, g in enumerate(pairs.groups) if (g in aside) == wanted] for wanted in (False, True))
     step = math.ceil(len(held) / MAX_VALIDATION)
@@ -186,8 +201,8 @@ def fit_again(fitter, training: Pairs, held: Pairs, config: FitConfig, folder, c
 
 
 def estimate_minutes(fitter, pairs: Pairs, config: FitConfig) -> float:
-    "Minutes that all steps take at this machine's pace; tuning usually stops earlier."
-    return config.steps * pace(fitter, pairs, config, repeats=2) / 60
+    "Minutes that all steps take at this machine's pace, or the time box; tuning usually stops earlier."
+    return min(config.steps * pace(fitter, pairs, config, repeats=2) / 60, config.minutes or math.inf)
 
 
 def set_aside(source, pairs: Pairs, notes: list[str], fitter, config: FitConfig, seed: int, say) -> tuple[Pairs, Pairs]:
@@ -196,7 +211,7 @@ def set_aside(source, pairs: Pairs, notes: list[str], fitter, config: FitConfig,
         say(note)
     training, held = split_pairs(pairs, seed, {record.group for record in load_dataset(source) if record.split == "val"})
     say(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} set aside; "
-        f"at most {estimate_minutes(fitter, training, config):.1f} minutes")
+        f"up to about {estimate_minutes(fitter, training, config):.1f} minutes")
     return training, held
 
 
@@ -235,10 +250,12 @@ def adapt(
     weights = load_for_task(task, int(samples), base or None, choose_device(device))
     if weights.config.get("task") != task:
         raise OwnPairsError("weights of another task", where=base, found=weights.config.get("task"), expected=task)
-    base = base or weights.name
+    base, records = base or weights.name, load_dataset(source)
     fitter = restrict(ControlFitter(weights) if samples else DirectFitter(weights, weights.direct), free)
     pairs, notes = read_pairs(source, weights.config["scale"], weights.config["norm"])
     training, held = set_aside(source, pairs, notes, fitter, config, seed, say)
+    if camera := find_camera(records) if weights.config["norm"] == STABLE else None:
+        say(f"single images do not show their noise here; the pairs do: --camera {','.join(map(str, camera))}, kept with the model")
     place = next(fitter.modules.parameters()).device
     held_there = held.to(place)
     plain = noisy_light(held.condition) if weights.config["norm"] == STABLE else upsample(held.condition, held.scale).clamp(0, 1)
@@ -251,15 +268,16 @@ def adapt(
     values = [-v["value"] for v in result.validations if v["value"] is not None]
     made = Adapted(name, folder, float((-10 * enlarged.log10()).mean()), before, after,
                    len(training), len(held), result.step, find_alarm(before, after, values))
-    keep_adapted(made, fitter, weights, base, source, config)
-    if task == "denoise" and (more := expect_gain(find_record("bench-pairs"), len(pairs))):
+    keep_adapted(made, fitter, weights, base, source, config, camera)
+    if task == "denoise" and (more := expect_gain(find_record("bench-pairs"), len(pairs), sum(r.split != "test" for r in records))):
         say(more)
     return made
 
 
-def keep_adapted(made: Adapted, fitter, weights: Weights, base: str, source, config: FitConfig) -> None:
+def keep_adapted(made: Adapted, fitter, weights: Weights, base: str, source, config: FitConfig, camera: tuple | None = None) -> None:
     "Write the tuned weights as differences to those they began with, with their card."
     about = {key: weights.config.get(key) for key in ("task", "adaptation", "scale", "schedule", "norm", "direct")}
+    about |= {"camera": list(camera)} if camera else {}
     card = {"summary": f"{weights.id} tuned on {Path(source).name}.",
             "data": f"{made.n_train} tiles to learn from, {made.n_held} of other groups to stop by.",
             "licence": "That of the images it was tuned on; ask their owner before you pass it on.",

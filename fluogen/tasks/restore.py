@@ -29,7 +29,7 @@ from ..diffusion.sampler import SAMPLERS, NoiseField
 from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, load_weights
 from .memory import TileSide, check_memory, picture_bytes, tile_bytes
-from .settings import RestoreError, RestoreSettings, check_weights, load_for_task
+from .settings import RestoreError, RestoreSettings, check_weights, fill_camera, load_for_task
 from .tiling import pad_reflect, run_tiled
 
 # %% ../../nbs/lib/tasks/10_restore.ipynb #39781ce9
@@ -211,7 +211,8 @@ def describe_run(image: Image, weights: Weights, settings: RestoreSettings) -> d
     "What a restored image says about itself: computed, from which pixels, by which weights, how."
     return {"computed": True, "by": "fluogen", "version": __version__, "weights": weights.id,
             "task": weights.config["task"], "norm": weights.config["norm"],
-            "source": hash_array(image.array), "axes": image.axes, **asdict(settings)} | (
+            "source": hash_array(image.array), "axes": image.axes, **asdict(settings),
+            "camera": list(settings.camera) if settings.camera else None} | (             # as it is read back
                 {"synthetic": True} if weights.config["norm"] in LABEL_NORMS else {})
 
 # %% ../../nbs/lib/tasks/10_restore.ipynb #d0c63910
@@ -226,6 +227,7 @@ def restore_layers(
 ) -> list[Image]:
     "Restore every plane of an image: the restored image, and others of the same form that belong to it."
     check_weights(weights, settings)
+    settings = fill_camera(weights, settings)
     planes, axes = list_planes(image, settings)
     scale, (*lead, H, W), side = weights.config["scale"], planes.shape, TileSide(settings.tile_px)
     if planes.min() == planes.max():

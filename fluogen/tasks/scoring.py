@@ -193,10 +193,10 @@ def list_seeds(record: dict, kind: str, way: str, which: str = "ever") -> set:
     return {None} if found and way in METHODS and not METHODS[way].n_pairs else found
 
 
-def best_baseline(record: dict, metric: str = "psnr") -> tuple[str, str]:
-    "(way, which) of the learned baseline with the highest mean on held-out fields."
+def best_baseline(record: dict, metric: str = "psnr", kind: str = "held-out") -> tuple[str, str]:
+    "(way, which) of the learned baseline with the highest mean on the fields of a kind."
     there = {(r["way"], r["which"]) for r in record["rows"] if r["way"] in LEARNED}
-    return max(sorted(there), key=lambda key: table_of(record, "held-out", metric, *key).mean())
+    return max(sorted(there), key=lambda key: table_of(record, kind, metric, *key).mean())
 
 
 def compare(record: dict, first: tuple, second: tuple, metric: str, kind: str = "held-out", structure: str | None = None):
