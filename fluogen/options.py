@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'FINETUNE_TASKS', 'Parser', 'make_parser', 'read_camera', 'read_minutes', 'read_count', 'add_restore',
-           'add_generate', 'add_finetune', 'add_calibrate', 'add_train', 'add_check']
+           'add_support', 'add_generate', 'add_finetune', 'add_calibrate', 'add_train', 'add_check']
 
 # %% ../nbs/lib/88_options.ipynb #28749868
 import argparse
@@ -31,6 +31,7 @@ def make_parser(version: str) -> Parser:
     parser.add_argument("--version", action="version", version=f"fluogen {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_restore(commands)
+    add_support(commands)
     add_generate(commands)
     weights = commands.add_parser("weights", help="list weights, or show one card")
     weights.add_argument("name", nargs="?", help="a name of the list, or a folder: what it was made from and how good it is")
@@ -105,6 +106,18 @@ def add_restore(commands):
     add("--memory", type=float, metavar="GB", help="refuse what needs more (default: what is free)")
 
 
+def add_support(commands):
+    "Options of `fluogen support`."
+    command = commands.add_parser("support", help="mark what a recording does not support of a denoised image")
+    add = command.add_argument
+    add("recorded", help="the image as it was recorded, in camera counts")
+    add("restored", help="the same image denoised, in the same counts and pixels, by whatever program")
+    add("map", nargs="?", help="write a map: 0 supported, 1 invented, 2 missing (default: only say how much)")
+    add("--element", type=float, default=3.0, metavar="PX", help="resolution element (finest detail the optics pass) in camera pixels (default 3)")
+    add("--camera", type=read_camera, metavar="GAIN,OFFSET,READ", help="as for fluogen restore (default: as the restoration was told, "
+        "else estimated from each plane)")
+
+
 def add_generate(commands):
     "Options of `fluogen generate`."
     command = commands.add_parser("generate", help="synthetic pictures from prompts")
@@ -133,7 +146,7 @@ def add_finetune(commands):
         "(noisy and clean, of equal size) or mask2image (image, and as conditioning_image a mask: background 0, every object a number)")
     add("--profile", default="laptop", choices=("laptop", "gpu"), help="laptop (default), or gpu: more and larger crops a step, "
         "up to 2,000 steps; needs an NVIDIA GPU")
-    add("--samples", action="store_true", help="tune the model of restore --samples, which draws images (mask2image always does)")
+    add("--samples", action="store_true", help="tune the model of restore --samples, which draws images (sr only; mask2image always does)")
     add("--free", default="all", help="which weights may change: all (default), norms, low-rank or anchored")
     add("--model", help="weights to begin with, instead of those of the task")
     add("--minutes", type=read_minutes, help="time box of this call (default: until it stops by itself)")

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from toys import save_toy
 
-from fluogen import cli
-from fluogen.cli import Progress
+from fluogen import cli, say
 from fluogen.data.io import read_image, write_image
 from fluogen.diffusion import zoo
 from fluogen.report import doctor
@@ -209,16 +208,42 @@ def test_interrupted_and_full(run, raw, tmp_path, model, monkeypatch):
         assert found == code and len(err) == 2 and err[1].startswith("fluogen: ")
 
 
+# ---- support
+
+def test_light_that_was_not_recorded_is_marked(run, tmp_path):
+    rng = np.random.default_rng(0)
+    light = 100 + 40 * np.add.outer(np.sin(np.arange(2 * 96) / 9) + 1, np.cos(np.arange(96) / 7) + 1).reshape(2, 96, 96)
+    write_image(tmp_path / "film.tif", (rng.poisson((light - 100) * 2) / 2 + 100).astype(np.float32), axes="TYX")
+    lie = light.copy()
+    lie[1, 40:43, 20:60] += 30
+    for name, array in (("true.tif", light), ("lie.tif", lie)):
+        write_image(tmp_path / name, array.astype(np.float32), axes="TYX", metadata={"fluogen": {"camera": [0.5, 100, 0.1]}})
+    shares = []
+    for name in ("true.tif", "lie.tif"):
+        code, out, err = run("support", tmp_path / "film.tif", tmp_path / name, tmp_path / "map.tif")
+        assert code == 0 and err == [] and (lines := out.splitlines())[-1] == str(tmp_path / "map.tif")
+        shares.append([float(re.search(r"([\d.]+)%", line)[1]) for line in lines[:2]])
+    assert sum(shares[0]) < 7 and shares[1][0] > shares[0][0] + 1
+    marks = read_image(tmp_path / "map.tif")
+    assert marks.axes == "TYX" and (marks.array[1, 41, 24:56] == 1).mean() > 0.9 and (marks.array[0, 41, 24:56] == 1).mean() < 0.3
+    write_image(tmp_path / "twice.tif", np.kron(light, np.ones((1, 2, 2))).astype(np.float32), axes="TYX")
+    write_image(tmp_path / "unit.tif", light.astype(np.float32), axes="TYX", metadata={"fluogen": {"intensity": "unit"}})
+    for name, words in (("twice.tif", "not of one size"), ("unit.tif", "not a restored image in counts"), ("no.tif", "no")):
+        code, out, err = run("support", tmp_path / "film.tif", tmp_path / name)
+        assert code == 2 and out == "" and len(err) == 1 and words in err[0]
+    assert run("support", tmp_path / "film.tif", tmp_path / "true.tif", "--element", "40")[0] == 2
+
+
 # ---- progress
 
 def test_progress_on_a_terminal_and_in_a_log(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(say.time, "monotonic", lambda: clock[0])
     for live in (True, False):
         stream = io.StringIO()
         stream.isatty = lambda live=live: live
         monkeypatch.setattr(sys, "stderr", stream)
-        progress = Progress(2)
+        progress = say.Progress(2)
         for source in ("a.tif", "b.tif"):
             for done in range(1, 101):
                 progress(Path(source), done, 100)

@@ -37,6 +37,13 @@ def test_lies_of_three_elements_are_found_and_small_ones_are_not():
     assert faint.added < 0.5 and faint.removed < 0.5
 
 
+def test_lies_of_a_sharpened_image_are_found_through_its_microscope():
+    rng, forward = make_rng(6, "sharpened"), Forward(2, gaussian_psf(5.0), background=100.0)
+    truths = [np.kron(scene(rng), np.ones((2, 2))) for _ in range(3)]
+    found = measure_detection([(record(forward(truth), rng), truth) for truth in truths], NOISE, 3.0, snr=2.0, each=6, forward=forward)
+    assert found.added >= 0.9 and found.removed >= 0.9 and found.n == 18 and found.false_alarms < 0.1
+
+
 def test_marks_have_the_right_sign():
     rng = make_rng(3, "sign")
     truth, line = scene(rng, lines=1), plant_line((72, 72), 3.0, 4, rng)

@@ -170,26 +170,29 @@ def plant_line(shape, element_px: float, length: float, rng) -> np.ndarray:
 
 
 def measure_detection(
-    measured: list,             # n pairs (counts, restored) on the camera's grid, consistent or as a restorer gives them
+    measured: list,             # n pairs (counts, restored), consistent or as a restorer gives them
     noise: NoiseModel,
     element_px: float,
-    snr: float = 3.0,           # peak of a planted filament over the noise of one pixel at its place
+    snr: float = 3.0,           # peak of a planted filament, as the camera would see it, over the noise of one pixel at its place
     length: float = 3.0,        # resolution elements
     each: int = 8,              # lies of each kind an image, one at a time
     seed: int = 0,
     false_alarms: float = 0.05,
+    forward: Forward = Forward(),
 ) -> Detection:
-    "Plant filaments, add and remove, and count what the guard marks."
+    "Plant filaments into restored images, add and remove, and count what the guard marks."
     found, marked = {+1: [], -1: []}, []
     for number, (counts, restored) in enumerate(measured):
-        plain = judge_support(counts, restored, noise, element_px, false_alarms=false_alarms, seed=seed)
+        plain = judge_support(counts, restored, noise, element_px, forward, false_alarms, seed=seed)
         marked.append(plain.share(plain.invented | plain.missed))
         filters, rng = make_filters(element_px), make_rng(seed, "plant", number)
+        spread = _spread(forward(restored), noise)
         for sign in (+1, -1):
             for _ in range(each):
-                shape = plant_line(restored.shape, element_px, length, rng)
-                there = shape > 0.5
-                lie = restored + sign * snr * _spread(restored, noise)[there].mean() * shape
-                z = strongest(_residual(counts, lie, noise), filters)
+                shape = plant_line(restored.shape, element_px * forward.scale, length, rng)
+                seen = forward(forward.background + shape) - forward.background                 # what arrives at the camera
+                there = seen > 0.5 * seen.max()
+                lie = restored + sign * snr * spread[there].mean() / seen.max() * shape
+                z = strongest(_residual(counts, forward(lie), noise), filters)
                 found[sign].append(bool((sign * z[there] < -plain.threshold).any()))
     return Detection(float(np.mean(found[+1])), float(np.mean(found[-1])), len(found[+1]), float(np.mean(marked)))
