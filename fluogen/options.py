@@ -113,7 +113,8 @@ def add_support(commands):
     add("recorded", help="the image as it was recorded, in camera counts")
     add("restored", help="the same image denoised, in the same counts and pixels, by whatever program")
     add("map", nargs="?", help="write a map: 0 supported, 1 invented, 2 missing (default: only say how much)")
-    add("--element", type=float, default=3.0, metavar="PX", help="resolution element (finest detail the optics pass) in camera pixels (default 3)")
+    add("--element", type=float, default=3.0, metavar="PX", help="resolution element, the finest detail that the optics pass, in camera "
+        "pixels (default 3)")
     add("--camera", type=read_camera, metavar="GAIN,OFFSET,READ", help="as for fluogen restore (default: as the restoration was told, "
         "else estimated from each plane)")
 

@@ -23,8 +23,9 @@ def check_twins(recorded: Image, restored: Image) -> None:
     "Refuse two images of which one is not the other, denoised. Raises `RestoreError`."
     about = restored.metadata.get("fluogen") or {}
     if recorded.array.shape != restored.array.shape or not recorded.axes.endswith("YX"):
-        raise RestoreError("recording and result are not of one size", restored.path, f"{restored.array.shape} and {recorded.array.shape}",
-                           "planes of the same pixels", "Only denoised images can be judged: sharpened ones leave out haze that was recorded.")
+        raise RestoreError("recording and result are not of one size", restored.path,
+                           f"{restored.array.shape} and {recorded.array.shape}", "planes of the same pixels",
+                           "Only denoised images can be judged: sharpened ones leave out haze that was recorded.")
     if about.get("synthetic") or about.get("intensity") == "unit" or "map" in about:
         raise RestoreError("not a restored image in counts", restored.path, hint="Restore it with --intensity flux, the default.")
 
