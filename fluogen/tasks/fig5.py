@@ -17,7 +17,7 @@ from ..data.noisy import TEST_EXPOSURES, noise_of
 from ..data.optics import UPSAMPLING
 from ..diffusion.zoo import ZooError, load_weights
 from ..metrics.intervals import paired_interval
-from .bench30 import load_method, run_method
+from .bench30 import load_method, run_method, tell_ends
 from .bench_denoise import HERE, LEARNED, best_baseline, classical, compare, open_denoiser, restore_fields
 from .denoise import DENOISE, ROWS, held_out_fields
 from .finetune import DirectFitter
@@ -175,6 +175,7 @@ def _difference(record, name, claim, first, second, metric="psnr", **threshold) 
     except (RecordError, ValueError) as error:
         return about | dict(measured=None, why=f"not in the record yet: {error}")
     why = f"{first[0]} against {second[0]} ({second[1]}), {found.n_seeds} x {found.n_fields} fields"
+    why += "".join(tell_ends([fit for fit in record.get("fits", ()) if fit["method"] == way], way) for way in (first[0], second[0]))
     return about | dict(measured=found.mean, ci95=(found.low, found.high), why=why)
 
 

@@ -123,7 +123,8 @@ def gather_tiles(source: str | Path, read) -> tuple[Pairs, list[str]]:
         except FluogenError as error:
             notes.append(f"left out: {error}")
     if not pairs:
-        raise OwnPairsError("no pair that can be used", where=source, found=notes[0] if notes else "an empty manifest",
+        found = notes[0].removeprefix("left out: ") if notes else "an empty manifest"
+        raise OwnPairsError("no pair that can be used", where=source, found=found,
                             hint="fluogen check says what is wrong with each.")
     side = min(TILE_PX, *(n for _, target, _ in pairs for n in target.shape[-2:])) // 16 * 16
     if side < 32:
