@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'PRIORS', 'RUN', 'run_restore', 'run_support', 'run_generate', 'run_weights', 'train_the_encoder',
-           'score_the_prior', 'compare_processes', 'compare_denoisers', 'count_pairs', 'run_train', 'run_check',
-           'run_finetune', 'run_calibrate', 'run_doctor', 'main']
+           'score_the_prior', 'compare_processes', 'compare_restorers', 'compare_denoisers', 'count_pairs', 'run_train',
+           'run_check', 'run_finetune', 'run_calibrate', 'run_doctor', 'main']
 
 # %% ../nbs/lib/90_cli.ipynb #394c749b
 import sys
@@ -129,6 +129,14 @@ def compare_processes(args, out: Path, work: Path) -> Path:
     return run_brightness(out, work, args.seeds or (0, 1, 2), args.minutes, **steps)
 
 
+def compare_restorers(args, out: Path, work: Path) -> Path:
+    "Fit and score what figure 4 compares."
+    from fluogen.tasks.scoring import run_bench
+    simulated = args.dataset == "simulated"
+    return run_bench(out, work if simulated else work / "real", seeds=args.seeds or (0, 1, 2), methods=args.methods, seconds=args.seconds,
+                     workers=args.workers, dataset=args.dataset, record="scores" if simulated else "real", n_per_structure=4 if simulated else 25)
+
+
 def compare_denoisers(args, out: Path, work: Path) -> Path:
     "Fit and score what figure 5 compares."
     from fluogen.tasks.bench_denoise import run_bench
@@ -143,7 +151,7 @@ def count_pairs(args, out: Path, work: Path) -> Path:
 
 
 STUDIES = {"encoder": train_the_encoder, "score-prior": score_the_prior, "brightness": compare_processes,
-           "bench-denoise": compare_denoisers, "bench-pairs": count_pairs}
+           "bench30": compare_restorers, "bench-denoise": compare_denoisers, "bench-pairs": count_pairs}
 PRIORS = {"nano": ("fluogen-nano", None), "nano-generate": ("nano-generate", "fluogen-nano")}     # recipe: (its weights, where they begin)
 
 # %% ../nbs/lib/90_cli.ipynb #60b4e02f
@@ -158,12 +166,6 @@ def run_train(args) -> int:
         from fluogen.tasks.prior import train_prior
         made = train_prior(out / PRIORS[args.recipe][0], work, start=args.start or PRIORS[args.recipe][1], recipe=args.recipe,
                            real=args.real, **one)
-    elif args.recipe == "bench30":
-        from fluogen.tasks.scoring import run_bench
-        simulated = args.dataset == "simulated"
-        made = run_bench(out, work if simulated else work / "real", seeds=args.seeds or (0, 1, 2), methods=args.methods,
-                         seconds=args.seconds, workers=args.workers, dataset=args.dataset, record="scores" if simulated else "real",
-                         n_per_structure=4 if simulated else 25)
     elif args.recipe == "nano-denoise":
         from fluogen.tasks.denoise import train_denoise
         made = train_denoise(out / args.recipe, work, base=args.base or "fluogen-nano", start=args.start, **one)
@@ -174,8 +176,11 @@ def run_train(args) -> int:
         say("look at card.md in those folders; to use them: fluogen restore IN OUT --interval")
         return 0
     elif args.recipe in STUDIES:
-        print(STUDIES[args.recipe](args, out, work), flush=True)
-        say("look at what lies in that folder; the figures show it")
+        made, shelf = STUDIES[args.recipe](args, out, work), weight_folders()[0]
+        print(made, flush=True)
+        hidden = (shelf / made.name).is_dir() and made.parent.absolute() != shelf
+        say("look at what lies in that folder; " + (f"the figures show what the package holds: --out {shelf} replaces it" if hidden
+                                                   else "the figures show it"))
         return 0
     else:
         from fluogen.tasks.recipes import train_sr

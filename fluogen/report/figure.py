@@ -229,6 +229,16 @@ def mark_profile(
                     fontsize=size, color="0.6", alpha=0.55, weight="bold", zorder=100)
 
 # %% ../../nbs/lib/report/10_figure.ipynb #7af08d38
+def _reduce_colours(picture):
+    "A PIL picture in 256 colours; each counts by the root of its pixels, so that black background leaves some for dim ramps."
+    from PIL import Image
+    found, number = np.unique(np.asarray(picture) @ np.array([65536, 256, 1]), return_counts=True)
+    sample = np.repeat(found, np.sqrt(number).astype(int))
+    shades = np.stack([sample // 65536, sample // 256 % 256, sample % 256], -1).astype(np.uint8)[None]
+    palette = Image.fromarray(shades).quantize(256, kmeans=1, dither=Image.Dither.NONE)
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
 def save_picture(
     figure,                     # a matplotlib Figure
     path,                       # where the PNG goes
@@ -243,8 +253,7 @@ def save_picture(
         raw, packed = io.BytesIO(), io.BytesIO()
         figure.savefig(raw, format="png", dpi=dpi)
         if raw.tell() > 1000 * max_kb:
-            colours = Image.open(raw).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)
-            colours.save(packed, "png", optimize=True, dpi=(dpi, dpi))
+            _reduce_colours(Image.open(raw).convert("RGB")).save(packed, "png", optimize=True, dpi=(dpi, dpi))
         else:
             packed = raw
         if packed.tell() <= 1000 * max_kb or dpi < 40:

@@ -27,7 +27,7 @@ from .denoisers import DenoiserError, build_denoiser, denoise_nlm, fit_denoiser,
 from .finetune import DirectFitter, NetworkFitter, Pairs
 from .noisy_thirty import (NoisyFields, list_folds, real_fields, real_pairs, simulate_noisy_thirty,
                                         simulated_fields, split_few)
-from .records import RecordError, describe_bench, keep_once, keep_record, score_row, ship_fit
+from .records import RecordError, describe_bench, join_record, keep_once, score_row, ship_fit
 from .recipes import as_pairs
 from .scoring import pack_round_trip
 
@@ -125,22 +125,22 @@ def run_bench(
     seconds: float = 60.0,          # the common time a method
     **options,                      # config, n_pairs of `fluogen.tasks.bench30.run_method`
 ) -> Path:
-    "Fit, pack, score and keep: the recipe behind figure 5."
+    "Fit, pack, score and keep: the recipe behind figure 5. A call with other methods, draws or folds adds to the record."
     simulated = dataset == "simulated"
     name = "scores" if simulated else (dataset.partition("#")[2] or Path(dataset).stem).lower()
     out, work, methods = Path(out), Path(work) / name, tuple(methods or METHODS)
     if not simulated:
         seeds = [s for s in seeds if s < len(list_folds(dataset))]
     fitted = [m for m in methods if m not in ("noisy", "nlm")]
-    reports = fit_all(work, fitted, seeds, workers, dataset=dataset, seconds=seconds, bench=HERE, **options)
+    fit_all(work, fitted, seeds, workers, dataset=dataset, seconds=seconds, bench=HERE, **options)
+    reports = [json.loads(p.read_text()) for p in sorted(work.glob("*/result.json"))]       # also of earlier calls
     jobs = [(m, s, str(work / f"{m}-{s}"), dataset, n_per_row) for s in seeds for m in ("noisy", "nlm")]
-    done = sorted(json.loads(p.read_text())["method"] + "/" + str(json.loads(p.read_text())["seed"]) for p in work.glob("*/result.json"))
-    jobs += [(m, int(s), str(work / f"{m}-{s}"), dataset, n_per_row) for m, s in (key.split("/") for key in done)]
+    jobs += [(r["method"], r["seed"], str(work / f"{r['method']}-{r['seed']}"), dataset, n_per_row) for r in reports]
     rows = [row for part in run_jobs(score_once, jobs, workers) for row in part]
     fields = {kind: some for seed in (seeds[:1] if simulated else seeds) for kind, some in make_fields(seed, dataset, n_per_row).items()}
     made = describe_bench(rows, reports, {kind: some.batch for kind, some in fields.items()}, {METHODS[r["method"]].base for r in reports},
                           dataset="simulated" if simulated else name, seeds=list(seeds), n_per_row=n_per_row)
-    keep_record(out / "bench-denoise" / f"{name}.json", made)
+    join_record(out / "bench-denoise" / f"{name}.json", made)
     for report in reports:
         if simulated and report["seed"] == seeds[0] and report["method"] in SHIPPED:
             ship_method(out / f"bench-denoise-{report['method']}", work / f"{report['method']}-{seeds[0]}", report)

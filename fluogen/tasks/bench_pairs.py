@@ -28,7 +28,7 @@ from .denoise import ROWS
 from .fewer import restrict
 from .finetune import Pairs
 from .noisy_thirty import judge_by_truth, split_few
-from .records import keep_once, keep_record
+from .records import join_record, keep_once
 from .recipes import as_pairs
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #2df28524
@@ -119,7 +119,7 @@ def run_curve(
     made = {"rows": run_jobs(score_once, jobs, workers), "bases": [load_weights(base).id for base in bases],
             "laboratories": {str(r["seed"]): [describe_laboratory(r["seed"])[0], describe_laboratory(r["seed"])[2]] for r, _ in found},
             "fits": [{**r, "pairs": int(folder.parent.name)} for r, folder in found]}
-    keep_record(out / "bench-pairs" / "scores.json", made)
+    join_record(out / "bench-pairs" / "scores.json", made)
     return out / "bench-pairs"
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #5613bd28

@@ -24,7 +24,7 @@ from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_decon
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
 from .recipes import as_pairs
-from .records import RecordError, describe_bench, keep_once, keep_record, score_row, ship_fit
+from .records import RecordError, describe_bench, join_record, keep_once, score_row, ship_fit
 from .thirty import draw_fields, make_thirty, split_thirty
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #7e7adbb5
@@ -127,7 +127,7 @@ def run_bench(
     record: str = "scores",         # name of the record
     **options,                      # seconds, config, n_pairs of `fluogen.tasks.bench30.run_method`
 ) -> Path:
-    "Fit, pack, score and keep: the recipe behind figure 4. A call with other methods or seeds adds to what is in `work`."
+    "Fit, pack, score and keep: the recipe behind figure 4. A call with other methods or seeds adds to the record."
     out, work, simulated = Path(out), Path(work), dataset == "simulated"
     fit_all(work, tuple(methods or (*LEARNED, *OURS)), seeds, workers, dataset=dataset, **options)
     reports = [json.loads(p.read_text()) for p in sorted(work.glob("*/result.json"))]       # also of earlier calls
@@ -141,7 +141,7 @@ def run_bench(
     rows += [row for made in run_jobs(score_once, jobs, workers) for row in made]
     made = describe_bench(rows, reports, fields, {METHODS[r["method"]].base for r in reports},
                           seeds=list(seeds), n_per_structure=n_per_structure)
-    keep_record(out / "bench30" / f"{record}.json", made)
+    join_record(out / "bench30" / f"{record}.json", made)
     for report in reports:
         if simulated and report["seed"] == seeds[0] and report["method"] in SHIPPED:
             ship_method(out / f"bench30-{report['method']}", work / f"{report['method']}-{seeds[0]}", report)
