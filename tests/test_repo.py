@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from tree import (ROOT, copy_tree, figure_notebooks, library_notebooks, load, modules, name_of, source, tracked,
                   under)
 
-ROOMS = ["core", "data", "metrics", "diffusion", "uncertainty", "tasks", "report", "options", "say", "cli", "app"]
+ROOMS = ["core", "data", "metrics", "diffusion", "uncertainty", "tasks", "report", "options", "say", "training", "cli", "app"]
 MIB = 2**20
 each_module = pytest.mark.parametrize("path", modules(), ids=name_of)
 each_figure = pytest.mark.parametrize("path", figure_notebooks(), ids=name_of)
