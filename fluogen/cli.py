@@ -7,6 +7,7 @@ __all__ = ['RUN', 'run_restore', 'run_support', 'run_generate', 'run_weights', '
            'run_doctor', 'main']
 
 # %% ../nbs/lib/90_cli.ipynb #394c749b
+import json
 import sys
 import time
 import warnings
@@ -78,6 +79,8 @@ def run_generate(args) -> int:
     from fluogen.diffusion.zoo import load_weights
     from fluogen.tasks.generate import GenerateSettings, generate_files
     settings = GenerateSettings(args.steps, args.sampler, args.grid, args.guidance, args.size, args.seed)
+    if Path(args.out).suffix.lower() in (".tif", ".tiff", ".png") and not Path(args.out).is_dir():
+        raise FluogenError("pictures go to a folder", "--out", args.out, "the name of a folder", "Each file is named after its prompt.")
     check_writable(Path(args.out) / "picture.tif")
     device = choose_device(args.device)
     weights = load_weights(args.model, device)
@@ -86,7 +89,7 @@ def run_generate(args) -> int:
                                 callback=lambda done, of, show=Progress(1): show(Path("pictures"), done, of)))
     print(*(path for path, _ in found), sep="\n", flush=True)
     kept = sum(there for _, there in found)
-    say(f"{len(found)} synthetic picture{'s' * (len(found) > 1)} in {args.out}{f', {kept} of them there already' * (kept > 0)}; "
+    say(f"{len(found)} synthetic picture{'s' * (len(found) > 1)} in {Path(args.out)}{f', {kept} of them there already' * (kept > 0)}; "
          "look before you use them")
     return 0
 
@@ -99,6 +102,9 @@ def run_weights(args) -> int:
         if not card.is_file():
             raise ZooError("these weights have no card", where=card)
         print(card.read_text())
+        modules = json.loads((card.parent / "config.json").read_text()).get("modules", {})
+        if known := modules.get("prompts", {}).get("prompts"):
+            print("## Prompts that these weights know\n", *(f"- {prompt}" for prompt in known), sep="\n")
         return 0
     found = list_weights()
     for name, folder in found.items():

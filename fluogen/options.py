@@ -123,11 +123,12 @@ def add_generate(commands):
     "Options of `fluogen generate`."
     command = commands.add_parser("generate", help="synthetic pictures from prompts")
     add = command.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help='e.g. "F-actin of COS-7"; "A | B": one of them a picture; "": any structure')
+    add("prompts", nargs="+", metavar="PROMPT", help='e.g. "F-actin of COS-7"; "A | B": one of them a picture; "": any structure; '
+        "which prompts are known: fluogen weights nano-generate")
     add("-n", type=int, default=1, help="pictures of each prompt (default 1)")
     add("--out", default="generated", help="folder; pictures that lie there already are kept (default: generated)")
     add("--seed", type=int, default=0, help="other seed, other pictures (default 0)")
-    add("--steps", type=int, default=20, help="network passes a picture (default 20)")
+    add("--steps", type=int, default=10, help="network passes a picture (default 10)")
     add("--guidance", type=float, default=1.0, help="closer to the prompt, less varied (default 1: off)")
     add("--size", type=int, default=128, metavar="PX", help="side of a picture, learned at 64 and 128 (default 128)")
     add("--sampler", default="dpmpp_2m", help="dpmpp_2m (default), ddim or ddpm")

@@ -8,7 +8,9 @@ import pytest
 from fluogen.cli import main
 from fluogen.core import FluogenError
 from fluogen.data.io import read_image
-from fluogen.tasks.generate import GenerateError, GenerateSettings, generate, generate_files, list_pictures, place_pictures, save_generated
+from fluogen.diffusion.prompts import split_words
+from fluogen.tasks.generate import (GenerateError, GenerateSettings, generate, generate_files, list_pictures, place_pictures,
+                                    plan_pictures, save_generated)
 from toys import PROMPTS, make_weights, save_toy
 
 SMALL = GenerateSettings(steps=3, size_px=32, seed=5)
@@ -76,7 +78,7 @@ def test_an_unknown_word_is_named_once_with_what_is_near(toy):
         generate(["", PROMPTS[0]], 1, SMALL, toy)
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=0), dict(sampler="euler"), dict(grid="karras"), dict(guidance=-1), dict(seed=-1)])
+@pytest.mark.parametrize("wrong", [dict(steps=0), dict(steps=10.0), dict(seed=1.5), dict(sampler="euler"), dict(grid="karras"), dict(guidance=-1), dict(seed=-1)])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(GenerateError, match=next(iter(wrong))):
         GenerateSettings(**wrong)
@@ -147,3 +149,29 @@ def test_the_command(tmp_path, capsys):
     assert "another picture lies here" in capsys.readouterr().err
     assert main(["generate", PROMPTS[0], "--size", "33", *common]) == 2
     assert "\n" not in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_other_spellings_are_the_same_picture_and_strange_ones_are_said(toy):
+    known = toy.prompts.prompts
+    words = " ".join(reversed(split_words(known[0])))
+    assert list_pictures([words, known[0].replace("-", "\u2011")], 1, 0, known) == [(known[0], 0)] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_pictures([*known, ""], 1, SMALL, toy)
+    together = f"{split_words(known[0])[0]} {split_words(known[-1])[0]}"
+    for prompt, said in ((together, "not learned together"), (f"{known[0]} | Golgi of MDCK", "unknown golgi, mdck"), ("\u7ec6\u80de", "unknown")):
+        with pytest.warns(UserWarning, match=f"{said}.*nearest known: "):
+            plan_pictures(prompt, 1, SMALL, toy)
+
+
+@pytest.mark.parametrize("wrong", [dict(prompts=None), dict(prompts=[3]), dict(n=2.5), dict(n=0), dict(batch=0)])
+def test_what_is_no_prompt_or_number_is_one_line(toy, wrong):
+    with pytest.raises(GenerateError) as caught:
+        generate(**{"prompts": PROMPTS[0], "n": 1, "settings": SMALL, "weights": toy} | wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_prompt_has_a_file_name(toy, tmp_path):
+    with pytest.warns(UserWarning):
+        (path, _), = generate_files("zebra " * 60, 1, SMALL, toy, tmp_path)
+    assert path.is_file() and len(path.name) < 120

@@ -8,6 +8,7 @@ __all__ = ['STOP_WORDS', 'PromptError', 'split_words', 'WordEncoder', 'pick_capt
 # %% ../../nbs/lib/diffusion/60_prompts.ipynb #27b25041
 import difflib
 import re
+import unicodedata
 import warnings
 
 import numpy as np
@@ -25,8 +26,9 @@ class PromptError(FluogenError):
 
 
 def split_words(text: str) -> tuple[str, ...]:
-    "The words of a prompt that carry meaning, lower-cased: letters, digits, inner hyphens and dots."
-    return tuple(w for w in re.findall(r"[a-z0-9]+(?:[-.][a-z0-9]+)*", text.lower()) if w not in STOP_WORDS)
+    "The words of a prompt that carry meaning, lower-cased: letters, digits, inner hyphens (any dash), dots before digits."
+    plain = re.sub("[\u2010-\u2015\u2212]", "-", unicodedata.normalize("NFKC", text)).lower()
+    return tuple(w for w in re.findall(r"[^\W_]+(?:-[^\W_]+|\.\d+)*", plain) if w not in STOP_WORDS)
 
 # %% ../../nbs/lib/diffusion/60_prompts.ipynb #4fe38e11
 class WordEncoder(nn.Module):

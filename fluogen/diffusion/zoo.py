@@ -7,6 +7,7 @@ __all__ = ['BUILDERS', 'CARD_KEYS', 'ZooError', 'weight_folders', 'list_weights'
            'write_card', 'load_weights', 'describe']
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #bdf64c65
+import difflib
 import hashlib
 import json
 import os
@@ -59,8 +60,10 @@ def find_weights(
         return found[name]
     if (Path(name) / "config.json").is_file():
         return Path(name)
-    raise ZooError("no such weights", where=name, expected=", ".join(sorted(found)) or "none installed",
-                   hint="Give one of these names, or a folder with config.json and weights.safetensors.")
+    near = difflib.get_close_matches(name, found, n=3)
+    raise ZooError("no such weights", where=name or "weights", found=None if name else "an empty name",
+                   expected=" or ".join(near) or ", ".join(sorted(found)) or "none installed",
+                   hint="fluogen weights lists all; or give a folder with config.json and weights.safetensors.")
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #99704c65
 @dataclass
