@@ -329,6 +329,8 @@ def test_readme_commands_exist():
     assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.M)) <= targets
     notebooks = set(re.findall(r"papermill (\S+)", text))
     assert notebooks and [path for path in notebooks if path.endswith(".ipynb") and not (ROOT / path).exists()] == []
+    folders = {Path(path).parent for path in re.findall(r"papermill \S+\.ipynb (\S+\.ipynb)", text)}           # papermill makes none
+    assert folders and [folder for folder in folders if not any(path.parent == ROOT / folder for path in tracked())] == []
     said = run("-c", "from fluogen.cli import main; main(['--help'])").stdout
     commands = set(re.findall(r"(?:^|`|bin/)fluogen (\w+)", text, re.M))
     assert commands and [command for command in commands if not re.search(rf"\b{command}\b", said)] == []
