@@ -107,19 +107,19 @@ CREDIT = {      # row -> what it has: generative prior, simulated pairs, pairs o
 
 
 FIELDS = {"held-out": "held-out", "out-of-range": "out-of-range", "unseen": "mitochondria"}         # kind -> what the table calls it
-OTHERS = ("bicubic", "richardson_lucy", "care", "dfcan", "rcan", "control, 4 passes")       # ways that stand in no row of `CREDIT`
+OTHERS = ("bicubic", "richardson_lucy", "care", "dfcan", "rcan", "control, 4 passes", "control-frozen, 4 passes")    # in no row of `CREDIT`
 
 
 def format_credit(record: dict) -> str:
     "The same network with and without each advantage, and every other way: PSNR on each kind of fields, the better stopping rule."
-    lines = [f"{'':<18}{'prior':>7}{'simulated':>11}{'own pairs':>11}" + "".join(f"{kind:>14}" for kind in FIELDS.values())]
+    lines = [f"{'':<25}{'prior':>7}{'simulated':>11}{'own pairs':>11}" + "".join(f"{kind:>14}" for kind in FIELDS.values())]
     for way, has in {**CREDIT, **{way: ("", "", "") for way in OTHERS}}.items():
         cells = []
         for kind in FIELDS:
             rules = {row["which"] for row in record["rows"] if (row["kind"], row["way"]) == (kind, way)}
             values = [table_of(record, kind, "psnr", way, rule).mean() for rule in rules]
             cells.append(f"{max(values):11.2f} dB" if values else f"{'not measured':>14}")
-        lines.append(f"{way:<18}{has[0]:>7}{has[1]:>11}{has[2]:>11}" + "".join(cells))
+        lines.append(f"{way:<25}{has[0]:>7}{has[1]:>11}{has[2]:>11}" + "".join(cells))
     return "\n".join(lines)
 
 
