@@ -122,10 +122,12 @@ def run_check(args) -> int:
     from fluogen.data.manifest import stamp_sha256, write_manifest
     from fluogen.data.mend import mend_shifts, next_step
     source = Path(args.input)
+    if args.sheet:
+        from fluogen.report.figure import check_picture, save_picture
+        check_picture(args.sheet)
     report = check_data(args.input, lambda done, of, show=Progress(1): show(source, done, of))
     print("\n".join([*report.summary(), *report.lines()]), flush=True)
     if args.sheet:
-        from fluogen.report.figure import save_picture
         from fluogen.report.sheet import draw_sheet
         say(f"contact sheet: {save_picture(draw_sheet(report), args.sheet, max_kb=2000)}")
     manifest = None if source.is_dir() and not (source / "manifest.jsonl").is_file() else args.input

@@ -8,7 +8,8 @@ from PIL import Image
 from scipy import ndimage
 
 from fluogen.report.curves import draw_curves
-from fluogen.report.figure import (LUT_POINTS, FigureError, choose_zoom, display_range, get_lut, image_grid,
+from fluogen.core import FluogenError
+from fluogen.report.figure import (LUT_POINTS, FigureError, check_picture, choose_zoom, display_range, get_lut, image_grid, reduce_colours,
                                    picture_style, save_picture)
 from fluogen.report.live import LiveCurve
 
@@ -173,3 +174,29 @@ def test_style_leaves_no_trace():
     with picture_style():
         assert matplotlib.rcParams["font.size"] == 8
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_picture_never_replaces_what_this_package_did_not_draw(tmp_path):
+    import matplotlib.pyplot as plt
+    figure, ours, theirs = plt.figure(figsize=(1, 1)), tmp_path / "sheet.png", tmp_path / "cell.png"
+    check_picture(ours)
+    for limit in (300, 1):                                                  # whole, and in 256 colours
+        save_picture(figure, ours, dpi=60, max_kb=limit)
+        check_picture(ours)
+    Image.new("L", (4, 4)).save(theirs)
+    (tmp_path / "notes.png").write_text("mine")
+    for wrong, said in ((theirs, "did not draw"), (tmp_path / "notes.png", "did not draw"), (tmp_path / "raw.tif", "ends in .png")):
+        with pytest.raises(FluogenError, match=said):
+            check_picture(wrong)
+    with pytest.raises(FluogenError, match="a picture is a PNG"):
+        save_picture(figure, tmp_path / "raw.tif")
+    plt.close(figure)
+
+
+def test_a_small_ramp_beside_large_ones_keeps_its_steps():
+    rng, picture = np.random.default_rng(0), np.zeros((400, 256, 3), np.uint8)
+    picture[100:394] = rng.integers(0, 256, (294, 256, 1)) * np.array([1, 0, 0])
+    picture[394:] = np.arange(256)[None, :, None] * np.array([0, 1, 1])           # a nucleus among filaments
+    picture = Image.fromarray(picture)
+    error = lambda made: abs(np.asarray(made.convert("RGB")).astype(int) - np.asarray(picture))[394:].mean()
+    assert error(reduce_colours(picture)) < 0.7 * error(picture.quantize(256, kmeans=1, dither=Image.Dither.NONE))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from toys import NoNoise, make_weights, save_toy
 
@@ -587,3 +588,22 @@ def test_wrong_weights_stop_a_folder_at_once(control, tmp_path):
 def test_the_note_is_json(direct):
     out = restore_image(make_image(12, 12), direct, MEAN)
     assert json.loads(json.dumps(out.metadata["fluogen"])) == out.metadata["fluogen"]
+
+
+@pytest.mark.parametrize("name", ["stack.tif", "notes.tif"])
+def test_nothing_of_the_users_is_written_over_even_if_it_cannot_be_read(toy, tmp_path, name):
+    source, target = write_image(tmp_path / "raw.tif", make_image(20, 20)), tmp_path / name
+    if name == "stack.tif":
+        tifffile.imwrite(target, np.zeros((3, 20, 20), np.uint16), photometric="minisblack", metadata=None)     # says no axes
+    else:
+        target.write_bytes(b"my notes")
+    before = target.read_bytes()
+    with pytest.raises(RestoreError, match="was not restored lies there"):
+        restore_file(source, target, toy, MEAN)
+    assert target.read_bytes() == before
+
+
+def test_an_image_below_the_range_is_refused_a_dipping_background_is_not():
+    dark = Image(np.full((20, 20), -40.0, np.float32), "YX", path="dark.tif")
+    with pytest.raises(RestoreError, match="dark.tif: .*100% of the pixels below 0"):
+        convert(dark, np.dtype("uint16"))

@@ -9,6 +9,7 @@ __all__ = ['LETTERS', 'Stored', 'check_axes', 'drop_single', 'name_axes', 'to_mi
 # %% ../../nbs/lib/data/03_axes.ipynb #c9b16213
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -72,6 +73,8 @@ def name_axes(
         wrong = check_axes(given, len(fits.shape))
         if wrong:
             raise ImageReadError(wrong, path, repr(given), f"one letter for each of {fits.shape}")
+        if fits.axes not in (None, given):
+            warnings.warn(f"{path}: read as {given}, as you say; the file says {fits.axes}", stacklevel=4)
         return replace(fits, axes=given), "given by the caller"
     best = stored if stored.exact else small
     if best.axes is not None:

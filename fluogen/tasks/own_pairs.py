@@ -73,7 +73,11 @@ def read_pair(record, scale: int = 2) -> tuple[torch.Tensor, torch.Tensor, float
                             if condition.array.shape == target.array.shape else "Bin or crop the target to fit.")
     truth, _ = scale_to_unit(target.array, "percentile:0,99.9", clip=True)
     measured, _ = scale_to_unit(condition.array, "percentile:0.1,99.9", clip=True)
-    return torch.from_numpy(truth[None]), torch.from_numpy(measured[None]), (target.pixel_um or {}).get("X"), find_jpeg(condition, target)
+    um = record.pixel_um if record.pixel_um is not None else target.pixel_um        # what the manifest says comes first
+    um = um.get("X") if isinstance(um, dict) else um
+    if um is None and (below := record.extra.get("conditioning_pixel_um") or (condition.pixel_um or {}).get("X")):
+        um = below / scale
+    return torch.from_numpy(truth[None]), torch.from_numpy(measured[None]), um, find_jpeg(condition, target)
 
 
 def cut_pair(target: torch.Tensor, condition: torch.Tensor, tile_px: int) -> list[tuple]:
