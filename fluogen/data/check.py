@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import FluogenError
-from .facts import Facts, examine_image
+from .axes import NO_AXES
+from .facts import Facts, are_strangers, examine_image
 from .files import hash_file
 from .io import read_plane
 from .lint import Finding, lint
@@ -23,6 +24,7 @@ from .record import Record
 from .register import PairError, Shift, measure_shift
 from .registry import Entry, find_dataset
 from .roles import pair_folder
+from .splits import FRACTIONS
 
 # %% ../../nbs/lib/data/58_check.ipynb #1c2f2353
 ADVICE: dict[str, tuple[bool, str]] = {     # kind: (must be mended, what to do)
@@ -41,12 +43,14 @@ ADVICE: dict[str, tuple[bool, str]] = {     # kind: (must be mended, what to do)
     "exchanged": (True, "Exchange input and target, or their folders."),
     "two-fields": (True, "Check that both show the same field; leave the pair out otherwise."),
     "shifted": (True, "Align them with --mend OUT."),
+    "split-name": (True, "Call the splits train, val and test: rows of any other are learned from."),
     "leak-group": (True, "Put the whole group into one split."),
     "leak-file": (True, "Keep the file in one split only."),
     "leak-content": (True, "Delete one of them, or put both into one split."),
     "leak-near": (True, "Give both the same group, and one split."),
     "two-fields-only": (False, "Bring a third cell or field, which no training sees."),
     "slightly-shifted": (False, "Align them with --mend OUT if fine detail matters."),
+    "shift-unknown": (False, "Look at them on the contact sheet (--sheet); --mend leaves them out where others moved."),
     "near-duplicate": (False, "Give both the same group, so that no split separates them."),
     "duplicate": (False, "Delete one of them."),
     "saturated": (False, "Shorten the exposure next time; what is saturated cannot be learned."),
@@ -165,11 +169,16 @@ def judge_pair(condition: Facts, target: Facts, pixels: tuple) -> tuple[list[tup
         kind = "exchanged" if all(a > b and a % b == 0 for a, b in zip(condition.shape, target.shape)) else "sizes"
         return [(kind, f"{error.what}, input {condition.shape}, target {target.shape}")], None
     found, alike = [], float(condition.thumbnail @ target.thumbnail)
+    if shift.is_certain and min(condition.shape) / 4 < shift.length:
+        return [("two-fields", f"the target lies {shift.length:.0f} pixels away, more than a quarter of the field")], None
+    moved = shift.is_certain and shift.length > 2                                   # then thumbnails need not agree
+    strange = not moved and are_strangers(condition.clarity, target.clarity, alike) if shift.scale == 1 else not shift.is_certain and alike < 0.3
+    if strange:
+        return [("two-fields", f"little in common (correlation {alike:.2f})")], None
     if shift.scale == 1 and target.speckle > NOISIER * condition.speckle:
         found.append(("exchanged", f"the target is noisier than the input (speckle {target.speckle:.3f} and {condition.speckle:.3f})"))
-    if not shift.is_certain or shift.length > min(condition.shape) / 8:
-        strange = alike < 0.3 or shift.is_certain
-        return found + ([("two-fields", f"nothing in common (correlation {alike:.2f})")] if strange else []), None
+    if not shift.is_certain:
+        return found, None
     if shift.exceeds(SLIGHT_PX):
         kind = "shifted" if shift.exceeds(SHIFT_PX) else "slightly-shifted"
         found.append((kind, f"the target lies {shift.y:+.2f} down, {shift.x:+.2f} right of the input, in pixels of the input"))
@@ -193,6 +202,14 @@ def _judge_set(report: Report, lonely: list[Path]) -> list[Finding]:
         alone = next(record for record in records if not record.conditioning_image)
         found.append(Finding("unpaired", alone.where, f"{alone.image} has no input, others have",
                              len(records) - len(paired)))
+    odd = [record for record in records if record.split not in (None, *FRACTIONS)]
+    if paired and odd:
+        found.append(Finding("split-name", odd[0].where, f"split {odd[0].split!r}", len(odd)))
+    faulty = {finding.where for finding in report.must_mend}
+    unknown = [pair.name for pair in report.pairs if pair.condition and not (pair.shift or pair.condition.labels or pair.target.labels)
+               and not faulty & {str(pair.record.path), str(pair.record.conditioning_path)}]
+    if unknown:
+        found.append(Finding("shift-unknown", unknown[0], f"too little structure to measure a shift, in {len(unknown)} of {len(report.pairs)} pairs"))
     for what, values in (("number types", {pair.target.dtype for pair in report.pairs}),
                          ("scales", {pair.shift.scale for pair in report.pairs if pair.shift})):
         if len(values) > 1:
@@ -237,10 +254,11 @@ def check_data(
                 for kind, what in judge_image(facts):
                     report.findings.append(Finding(kind, str(file), what))
                 return facts, array
-            except FluogenError as error:
-                seen[file] = None
+            except (FluogenError, OSError) as error:
+                seen[file], axes = None, getattr(error, "what", "") == NO_AXES
+                said = "several planes, and the file does not say of what" if axes else str(error).replace(f"{file}: ", "").rstrip(".")
                 if file.exists():
-                    report.findings.append(Finding("unreadable", str(file), str(error).replace(f"{file}: ", "").rstrip(".")))
+                    report.findings.append(Finding("stack" if axes else "unreadable", str(file), said))
         return seen[file], None
 
     for number, record in enumerate(records, 1):

@@ -6,6 +6,7 @@
 __all__ = ['mend_shifts', 'next_step']
 
 # %% ../../nbs/lib/data/59_mend.ipynb #2c741409
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +26,12 @@ def mend_shifts(
         raise PairError("the folder for mended pairs is not empty", where=out, hint="Name a new one.")
     faulty = {finding.where for finding in report.must_mend if finding.kind != "shifted"}
     changed = {finding.where for finding in report.must_mend if finding.kind == "checksum"}
-    records, left_out = [], []
+    records, left_out, drifted = [], [], any(pair.shift and pair.shift.exceeds(SLIGHT_PX) for pair in report.pairs)
     for number, pair in enumerate(report.pairs):
         files = (pair.record.conditioning_path, pair.record.path)
-        if pair.condition is None or pair.condition.labels or faulty & {str(file) for file in files} or pair.record.where in changed:
+        unsure = drifted and pair.shift is None         # where others moved, one that cannot be measured has moved too, as like as not
+        if (pair.condition is None or pair.condition.labels or unsure or faulty & {str(file) for file in files}
+                or pair.record.where in changed):
             left_out.append(pair.name)
             continue
         images = [read_plane(file, joined) for file, joined in zip(files, (pair.record.extra.get("frames"), None))]
@@ -53,19 +56,21 @@ def next_step(
     manifest: str | Path | None = None,     # where the manifest of the pairs is, if there is one
 ) -> str:
     "The command or the deed that comes next, one line."
+    source, manifest = shlex.quote(report.source), manifest and shlex.quote(str(manifest))
     kinds = [finding.kind for finding in report.must_mend]
     pairs = [pair for pair in report.pairs if pair.condition]
     if kinds:
         only_shifted = set(kinds) == {"shifted"}
-        return ("align them: fluogen check " + report.source + " --mend OUT" if only_shifted else
+        return (f"align them: fluogen check {source} --mend OUT" if only_shifted else
                 f"mend what is marked MEND above ({len(kinds)} in all), then check again")
     if not pairs:
-        return "no pairs: these images can serve as targets of simulated pairs, or give each a noisy or coarse partner"
+        return ("no pairs: these images can serve as targets of simulated pairs; for pairs give each a partner of the same name, in folders "
+                "noisy/ and clean/, lr/ and hr/, or masks/ and images/")
     if all(pair.condition.labels for pair in pairs) and manifest is not None:
         return f"teach a model to draw images for masks: fluogen finetune {manifest} --task mask2image --name NAME"
     scales = sorted({pair.target.shape[0] // pair.condition.shape[0] for pair in pairs})
     if manifest is None:
-        return f"write the list of pairs: fluogen check {report.source} --manifest pairs.jsonl"
+        return f"write the list of pairs: fluogen check {source} --manifest pairs.jsonl"
     if scales == [1]:
         return f"tune a denoiser on them: fluogen finetune {manifest} --task denoise --name NAME"
     if scales != [2]:

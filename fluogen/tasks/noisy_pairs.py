@@ -12,7 +12,7 @@ import torch
 
 from ..core import FluogenError
 from ..data.check import BLOCKS, NOISIER, SHIFT_PX
-from ..data.facts import measure_blocks, measure_speckle
+from ..data.facts import are_strangers, make_thumbnail, measure_blocks, measure_clarity, measure_speckle
 from ..data.io import read_image
 from ..data.noise import NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair
 from ..data.register import measure_shift
@@ -51,7 +51,8 @@ def judge_noisy_pair(noisy: np.ndarray, clean: np.ndarray, where) -> None:
     if shift.exceeds(SHIFT_PX):
         raise NoisyPairError("the target lies beside the input", where=where, found=f"{shift.length:.1f} pixels",
                              hint="Align the pairs: fluogen check MANIFEST --mend OUT.")
-    if match_scale(noisy, clean)[1] <= 0 or np.corrcoef(noisy.ravel(), clean.ravel())[0, 1] < 0.05:
+    alike = float(make_thumbnail(noisy) @ make_thumbnail(clean))
+    if are_strangers(measure_clarity(noisy), measure_clarity(clean), alike) or match_scale(noisy, clean)[1] <= 0:
         raise NoisyPairError("nothing in common", where=where, hint="Check that both show the same field.")
 
 # %% ../../nbs/lib/tasks/43_noisy_pairs.ipynb #0099b414

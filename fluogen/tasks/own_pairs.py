@@ -10,6 +10,7 @@ __all__ = ['TUNING', 'TILE_PX', 'MAX_VALIDATION', 'PROFILES', 'OwnPairsError', '
 # %% ../../nbs/lib/tasks/47_own_pairs.ipynb #ca335e47
 import json
 import math
+import shlex
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..data.intensity import scale_to_unit
 from ..data.io import read_image, read_plane
 from ..data.register import measure_shift
 from ..data.registry import load_dataset
-from ..data.splits import reserve
+from ..data.splits import FRACTIONS, reserve
 from ..data.stabilise import STABLE
 from ..diffusion.checkpoint import CheckpointError, hash_tensors
 from ..diffusion.direct import upsample
@@ -73,10 +74,9 @@ def read_pair(record, scale: int = 2) -> tuple[torch.Tensor, torch.Tensor, float
                             if condition.array.shape == target.array.shape else "Bin or crop the target to fit.")
     truth, _ = scale_to_unit(target.array, "percentile:0,99.9", clip=True)
     measured, _ = scale_to_unit(condition.array, "percentile:0.1,99.9", clip=True)
-    um = record.pixel_um if record.pixel_um is not None else target.pixel_um        # what the manifest says comes first
-    um = um.get("X") if isinstance(um, dict) else um
-    if um is None and (below := record.extra.get("conditioning_pixel_um") or (condition.pixel_um or {}).get("X")):
-        um = below / scale
+    said = (record.pixel_um, target.pixel_um, record.extra.get("conditioning_pixel_um"), condition.pixel_um)     # the manifest's word first
+    sizes = [size.get("X") if isinstance(size, dict) else size for size in said]
+    um = sizes[0] or sizes[1] or (below / scale if (below := sizes[2] or sizes[3]) else None)
     return torch.from_numpy(truth[None]), torch.from_numpy(measured[None]), um, find_jpeg(condition, target)
 
 
@@ -106,6 +106,8 @@ def read_pairs(source: str | Path, scale: int = 2, norm: str = "") -> tuple[Pair
 def gather_tiles(source: str | Path, read) -> tuple[Pairs, list[str]]:
     "Tiles of every pair that `read` (record -> target, condition, perhaps notes) takes, and one line for each that was left out."
     records, notes, pairs, seen = load_dataset(source), [], [], {}
+    if odd := next((record for record in records if record.split not in (None, *FRACTIONS)), None):
+        raise OwnPairsError("unknown split", where=odd.where, found=odd.split, expected=", ".join(FRACTIONS))
     tests = [record for record in records if record.split == "test"]
     content = lambda record: hash_array(read_plane(record.conditioning_path, record.extra.get("frames")).array)
     for record in tests:
@@ -127,9 +129,8 @@ def gather_tiles(source: str | Path, read) -> tuple[Pairs, list[str]]:
         except FluogenError as error:
             notes.append(f"left out: {error}")
     if not pairs:
-        found = notes[0].removeprefix("left out: ") if notes else "an empty manifest"
-        raise OwnPairsError("no pair that can be used", where=source, found=found,
-                            hint="fluogen check says what is wrong with each.")
+        found = "; ".join(note.removeprefix("left out: ") for note in notes[:2]) or "an empty manifest"
+        raise OwnPairsError("no pair that can be used", where=source, found=found, hint="fluogen check says what is wrong with each.")
     side = min(TILE_PX, *(n for _, target, _ in pairs for n in target.shape[-2:])) // 16 * 16
     if side < 32:
         raise OwnPairsError("images too small", where=source, found=f"{side} px", expected="targets of 32 px or more")
@@ -142,8 +143,7 @@ def split_pairs(pairs: Pairs, seed: int = 0, stated=frozenset()) -> tuple[Pairs,
     "Training and validation tiles: the groups `stated`, else about one group in five, at least one."
     groups = sorted(set(pairs.groups))
     if len(groups) < 2:
-        raise OwnPairsError("one group only", where="pairs", found=groups[0],
-                            hint="Bring pairs of a second cell or field; the manifest's key group says which pairs belong together.")
+        raise OwnPairsError("one group only", "pairs", groups[0], hint="Bring pairs of a second cell or field; the key group says which belong together.")
     aside = stated & set(groups) or {groups[i] for i in make_rng(seed, "aside").permutation(len(groups))[:max(1, round(len(groups) / 5))]}
     train_rows, held = ([i for i, g in enumerate(pairs.groups) if (g in aside) == wanted] for wanted in (False, True))
     step = math.ceil(len(held) / MAX_VALIDATION)
@@ -207,7 +207,8 @@ def fit_again(fitter, training: Pairs, held: Pairs, config: FitConfig, folder, c
 
 def estimate_minutes(fitter, pairs: Pairs, config: FitConfig) -> float:
     "Minutes that all steps take at this machine's pace, or the time box; tuning usually stops earlier."
-    return min(config.steps * pace(fitter, pairs, config, repeats=2) / 60, config.minutes or math.inf)
+    checks = config.steps / config.validate_every * min(len(pairs) / 4, MAX_VALIDATION) / config.batch / 3     # no backward pass
+    return min((config.steps + checks) * pace(fitter, pairs, config, repeats=2) / 60, config.minutes or math.inf)
 
 
 def set_aside(source, pairs: Pairs, notes: list[str], fitter, config: FitConfig, seed: int, say) -> tuple[Pairs, Pairs]:
@@ -261,8 +262,7 @@ def adapt(
     training, held = set_aside(source, pairs, notes, fitter, config, seed, say)
     if camera := find_camera(records) if weights.config["norm"] == STABLE else None:
         say(f"single images do not show their noise here; the pairs do: --camera {','.join(map(str, camera))}, kept with the model")
-    place = next(fitter.modules.parameters()).device
-    held_there = held.to(place)
+    held_there = held.to(next(fitter.modules.parameters()).device)
     plain = noisy_light(held.condition) if weights.config["norm"] == STABLE else upsample(held.condition, held.scale).clamp(0, 1)
     enlarged = (plain - held.target).square().mean((1, 2, 3)).clamp_min(1e-10)
     before = validation_psnr(fitter, fitter.modules, held_there)
@@ -273,21 +273,23 @@ def adapt(
     values = [-v["value"] for v in result.validations if v["value"] is not None]
     made = Adapted(name, folder, float((-10 * enlarged.log10()).mean()), before, after,
                    len(training), len(held), result.step, find_alarm(before, after, values))
-    keep_adapted(made, fitter, weights, base, source, config, camera)
+    keep_adapted(made, fitter, weights, base, source, config, camera, free)
     if task == "denoise" and (more := expect_gain(find_record("bench-pairs"), len(pairs), sum(r.split != "test" for r in records))):
         say(more)
     return made
 
 
-def keep_adapted(made: Adapted, fitter, weights: Weights, base: str, source, config: FitConfig, camera: tuple | None = None) -> None:
+def keep_adapted(made: Adapted, fitter, weights: Weights, base: str, source, config: FitConfig, camera: tuple | None = None,
+                 free: str = "all") -> None:
     "Write the tuned weights as differences to those they began with, with their card."
     about = {key: weights.config.get(key) for key in ("task", "adaptation", "scale", "schedule", "norm", "direct")}
     about |= {"camera": list(camera)} if camera else {}
     card = {"summary": f"{weights.id} tuned on {Path(source).name}.",
             "data": f"{made.n_train} tiles to learn from, {made.n_held} of other groups to stop by.",
             "licence": "That of the images it was tuned on; ask their owner before you pass it on.",
-            "recipe": f"fluogen finetune {Path(source).name} --task {about['task']} --name {made.name}",
-            "training": {"steps": made.steps, "blend": config.blend, "rate": config.lr},
+            "recipe": f"fluogen finetune {shlex.quote(Path(source).name)} --task {about['task']} --name {shlex.quote(made.name)} "
+                      f"--free {free} --seed {config.seed}",
+            "training": {"steps": made.steps, "blend": config.blend, "rate": config.lr, "free": free},
             "scores": {"PSNR (dB) before": round(made.before, 2), "PSNR (dB) after": round(made.after, 2),
                        "PSNR (dB) of the input itself": round(made.enlarged, 2)},
             "limits": made.alarm or "Measured on few cells of one laboratory; other stains and microscopes were not seen."}
