@@ -119,7 +119,7 @@ def run_weights(args) -> int:
 def run_check(args) -> int:
     "Report on a data set; exit code 1 when something must be mended."
     from fluogen.data.check import check_data
-    from fluogen.data.manifest import stamp_sha256, write_manifest
+    from fluogen.data.manifest import check_replaceable, stamp_sha256, write_manifest
     from fluogen.data.mend import mend_shifts, next_step
     source = Path(args.input)
     if args.sheet:
@@ -132,6 +132,7 @@ def run_check(args) -> int:
         say(f"contact sheet: {save_picture(draw_sheet(report), args.sheet, max_kb=2000)}")
     manifest = None if source.is_dir() and not (source / "manifest.jsonl").is_file() else args.input
     if args.manifest:
+        check_replaceable(args.manifest, report.records)
         manifest = write_manifest(args.manifest, map(stamp_sha256, report.records))
     if args.mend:
         manifest, left_out = mend_shifts(report, args.mend)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image as Picture
 from scipy.ndimage import gaussian_filter
 from scipy.ndimage import shift as move
 from scipy.ndimage import zoom
 
 from fluogen.cli import main
+from fluogen.core import FluogenError
 from fluogen.data.check import ADVICE, check_data
 from fluogen.data.io import ImageReadError, read_image, read_plane, write_image
 from fluogen.data.lint import KINDS
@@ -116,6 +118,7 @@ PLANTS = {
     "8-bit": lambda f: change(f / "noisy/2.tif", lambda a: a / 8, dtype=np.uint8),
     "not-a-number": lambda f: write_image(f / "noisy/2.tif", np.where(np.eye(128), np.nan, 5).astype(np.float32)),
     "small": lambda f: [change(f / r / "2.tif", lambda a: a[:20, :24]) for r in ("clean", "noisy")],
+    "shift-unknown": lambda f: [save(f / r / "2.tif", np.random.default_rng(i).poisson(400, (40, 40))) for i, r in enumerate(("clean", "noisy"))],
     "one-pair": lambda f: [path.unlink() for path in f.rglob("*.tif") if path.stem != "0"],
 }
 
@@ -162,6 +165,7 @@ def rows(folder, splits, groups=None):
                                 shutil.copy(f / "noisy/0.tif", f / "noisy/4.tif"), rows(f, ["train"] * 4 + ["test"])][-1]),
     ("leak-near", lambda f: [save(f / "clean/4.tif", draw(0)[0] * 1.2), save(f / "noisy/4.tif", draw(0)[1]),
                              rows(f, ["train"] * 4 + ["test"])][-1]),
+    ("split-name", lambda f: rows(f, ["train"] * 4 + ["Test"])),
     ("missing-file", lambda f: rows(f, ["train"] * 4 + ["test"]) + [Record("no.tif", "", "noisy/0.tif", base=f)]),
     ("same-file", lambda f: rows(f, ["train"] * 4) + [Record("clean/4.tif", "", "clean/4.tif", base=f)]),
 ])
@@ -199,6 +203,15 @@ def test_names_that_pair(tmp_path):
     assert {(r.conditioning_image, r.image) for r in records} == {("a_raw.tif", "a_GT.tif"), ("b_raw_1.tif", "b_gt.tif"),
                                                                  ("b_raw_2.tif", "b_gt.tif")}
     assert lonely == [] and len({r.group for r in records}) == 2
+
+
+@pytest.mark.parametrize("inputs, targets", [("confocal/noisy", "confocal/clean"), ("masks", "images"), ("a/labels", "a/img"), ("high NA/raw", "high NA/gt")])
+def test_folders_that_pair(tmp_path, inputs, targets):
+    for n in range(3):
+        save(tmp_path / inputs / f"{n}.tif", draw(n, 64)[0])
+        save(tmp_path / targets / f"{n}.tif", draw(n, 64)[0])
+    records, lonely = pair_folder(tmp_path)
+    assert {(r.conditioning_image, r.image) for r in records} == {(f"{inputs}/{n}.tif", f"{targets}/{n}.tif") for n in range(3)} and not lonely
 
 
 def test_single_images_are_no_fault(tmp_path):
@@ -318,6 +331,50 @@ def test_what_changed_after_it_was_listed_is_left_out(folder, tmp_path):
 
 
 # ---- the command
+
+def test_every_wrong_partner_is_seen_and_no_right_one(tmp_path):
+    for seed in range(8):                                                   # dim fields, each with the next one's clean image
+        rng = np.random.default_rng(seed)
+        save(tmp_path / "set/noisy" / f"{seed}.tif", 100 + 4 * rng.poisson((draw(seed)[0] - 200) / 100) + rng.normal(0, 4, (128, 128)))
+        save(tmp_path / "set/clean" / f"{seed}.tif", draw((seed + 1) % 8)[0])
+    report = check_data(tmp_path / "set")
+    assert sum(finding.kind == "two-fields" for finding in report.findings) == 8
+    for record in report.records:
+        with pytest.raises(FluogenError, match="nothing in common"):
+            read_noisy_pair(record)
+    for seed in range(8):
+        save(tmp_path / "set/clean" / f"{seed}.tif", draw(seed)[0])
+    report = check_data(tmp_path / "set")
+    assert report.must_mend == []
+    [read_noisy_pair(record) for record in report.records]
+
+
+def test_a_far_shift_is_a_shift_and_what_cannot_be_measured_is_not_called_aligned(folder, tmp_path):
+    for path in (folder / "clean").iterdir():
+        change(path, lambda a: np.roll(a, (20, -11), (0, 1)))
+    for i, role in enumerate(("clean", "noisy")):
+        save(folder / role / "4.tif", np.random.default_rng(i).poisson(400, (128, 128)))
+    report = check_data(folder)
+    assert sum(finding.kind == "shifted" for finding in report.findings) == 4 and "shift-unknown" in report.kinds()
+    manifest, left_out = mend_shifts(report, tmp_path / "out")
+    assert left_out == ["noisy/4.tif"] and len(read_manifest(manifest)) == 4
+
+
+def test_a_stack_without_axes_is_a_stack(folder):
+    tifffile.imwrite(folder / "noisy/1.tif", np.ones((3, 128, 128), np.uint16), photometric="minisblack", metadata=None)
+    line, = (line for line in check_data(folder).lines() if "noisy/1.tif" in line)
+    assert line.startswith("MEND  stack: ") and "--axes" not in line
+
+
+def test_a_list_that_somebody_wrote_is_not_written_over(folder, tmp_path, capsys):
+    listed = tmp_path / "my pairs.jsonl"
+    command = ["check", str(folder), "--manifest", str(listed)]
+    assert [main(command), main(command)] == [0, 0] and f"'{listed}'" in capsys.readouterr().out.splitlines()[-1]
+    edited = listed.read_text().replace('"image"', '"split": "test", "image"', 1)
+    listed.write_text(edited)
+    assert main(command) == 2 and "another list lies there" in capsys.readouterr().err and listed.read_text() == edited
+    assert main(["check", str(listed), "--manifest", str(listed)]) == 0
+
 
 def test_command(folder, tmp_path, capsys):
     listed, sheet = tmp_path / "pairs.jsonl", tmp_path / "sheet.png"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST_LINE', 'iter_rows', 'find_manifest', 'iter_manifest', 'read_manifest', 'validate', 'write_row',
-           'write_manifest', 'stamp_sha256', 'ManifestError', 'Record', 'check_row', 'make_record', 'parse_norm']
+           'write_manifest', 'stamp_sha256', 'check_replaceable', 'ManifestError', 'Record', 'check_row', 'make_record',
+           'parse_norm']
 
 # %% ../../nbs/lib/data/20_manifest.ipynb #6ee5470e
 import json
@@ -151,3 +152,18 @@ def write_manifest(
 def stamp_sha256(record: Record) -> Record:
     "The record with the checksum of its image, as it is on disk now; what is read for a training is compared with it."
     return replace(record, sha256=hash_file(record.path)) if record.path.exists() else record
+
+
+def check_replaceable(path: str | Path, records: Iterable[Record]) -> None:
+    "Raises `ManifestError` where another list lies: of other images, or with splits, groups or prompts that somebody wrote; checksums may differ."
+    path = Path(path)
+    if not path.exists():
+        return
+    bare = lambda record: write_row(replace(record, sha256=None), Path(os.path.abspath(path.parent)))
+    plain = lambda some: sorted(json.dumps(bare(record), sort_keys=True) for record in some)
+    try:
+        there = plain(read_manifest(path))
+    except (ManifestError, UnicodeDecodeError):
+        there = None
+    if there != plain(records):
+        raise ManifestError("another list lies there", where=path, hint="Name another file, or delete that one.")
