@@ -79,7 +79,7 @@ def run_generate(args) -> int:
     from fluogen.diffusion.zoo import load_weights
     from fluogen.tasks.generate import GenerateSettings, generate_files
     settings = GenerateSettings(args.steps, args.sampler, args.grid, args.guidance, args.size, args.seed)
-    if Path(args.out).suffix.lower() in (".tif", ".tiff", ".png") and not Path(args.out).is_dir():
+    if Path(args.out).suffix.lower() in (".tif", ".tiff", ".png") and not Path(args.out).exists():
         raise FluogenError("pictures go to a folder", "--out", args.out, "the name of a folder", "Each file is named after its prompt.")
     check_writable(Path(args.out) / "picture.tif")
     device = choose_device(args.device)

@@ -184,8 +184,8 @@ def test_weights_that_are_not_installed(run, raw, tmp_path, monkeypatch):
     assert err == ["no weights on this machine; make them with: fluogen train nano"]
     assert run("weights", "nano-sr")[0] == 2
     assert run("train", "nano-sr", "--work", tmp_path / "w")[::2] == (2, [
-        "fluogen: fluogen-nano: no such weights (expected none installed). Give one of these names, "
-        "or a folder with config.json and weights.safetensors."])
+        "fluogen: fluogen-nano: no such weights (expected none installed). fluogen weights lists all; "
+        "or give a folder with config.json and weights.safetensors."])
 
 
 def test_notes_are_lines_and_stay_inside_the_command(run, raw, tmp_path, model, monkeypatch):

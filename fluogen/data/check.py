@@ -172,7 +172,8 @@ def judge_pair(condition: Facts, target: Facts, pixels: tuple) -> tuple[list[tup
     if shift.is_certain and min(condition.shape) / 4 < shift.length:
         return [("two-fields", f"the target lies {shift.length:.0f} pixels away, more than a quarter of the field")], None
     moved = shift.is_certain and shift.length > 2                                   # then thumbnails need not agree
-    strange = not moved and are_strangers(condition.clarity, target.clarity, alike) if shift.scale == 1 else not shift.is_certain and alike < 0.3
+    strange = (not moved and are_strangers(condition.clarity, target.clarity, alike) if shift.scale == 1 else
+               not shift.is_certain and alike < 0.3)
     if strange:
         return [("two-fields", f"little in common (correlation {alike:.2f})")], None
     if shift.scale == 1 and target.speckle > NOISIER * condition.speckle:
@@ -209,7 +210,8 @@ def _judge_set(report: Report, lonely: list[Path]) -> list[Finding]:
     unknown = [pair.name for pair in report.pairs if pair.condition and not (pair.shift or pair.condition.labels or pair.target.labels)
                and not faulty & {str(pair.record.path), str(pair.record.conditioning_path)}]
     if unknown:
-        found.append(Finding("shift-unknown", unknown[0], f"too little structure to measure a shift, in {len(unknown)} of {len(report.pairs)} pairs"))
+        found.append(Finding("shift-unknown", unknown[0], "too little structure to measure a shift, "
+                             f"in {len(unknown)} of {len(report.pairs)} pairs"))
     for what, values in (("number types", {pair.target.dtype for pair in report.pairs}),
                          ("scales", {pair.shift.scale for pair in report.pairs if pair.shift})):
         if len(values) > 1:

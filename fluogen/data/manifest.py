@@ -155,7 +155,7 @@ def stamp_sha256(record: Record) -> Record:
 
 
 def check_replaceable(path: str | Path, records: Iterable[Record]) -> None:
-    "Raises `ManifestError` where another list lies: of other images, or with splits, groups or prompts that somebody wrote; checksums may differ."
+    "Raises `ManifestError` where another list lies: of other images, or with splits, groups or prompts that somebody wrote."
     path = Path(path)
     if not path.exists():
         return

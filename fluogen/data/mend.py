@@ -64,8 +64,8 @@ def next_step(
         return (f"align them: fluogen check {source} --mend OUT" if only_shifted else
                 f"mend what is marked MEND above ({len(kinds)} in all), then check again")
     if not pairs:
-        return ("no pairs: these images can serve as targets of simulated pairs; for pairs give each a partner of the same name, in folders "
-                "noisy/ and clean/, lr/ and hr/, or masks/ and images/")
+        return ("no pairs: these images can serve as targets of simulated pairs; for pairs give each a partner of the same name, "
+                "in folders noisy/ and clean/, lr/ and hr/, or masks/ and images/")
     if all(pair.condition.labels for pair in pairs) and manifest is not None:
         return f"teach a model to draw images for masks: fluogen finetune {manifest} --task mask2image --name NAME"
     scales = sorted({pair.target.shape[0] // pair.condition.shape[0] for pair in pairs})

@@ -274,7 +274,7 @@ def save_picture(
 
 # %% ../../nbs/lib/report/10_figure.ipynb #6fd9b172
 def check_picture(path) -> None:
-    "Refuse, before the work, a place where no picture can go, or where something lies that this package did not draw. Raises `FigureError`."
+    "Refuse, before the work, a place where no picture can go, or where something lies that is not ours. Raises `FigureError`."
     from PIL import Image, UnidentifiedImageError
     path = Path(path)
     check_writable(path, ".png")

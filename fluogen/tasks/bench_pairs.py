@@ -166,7 +166,7 @@ def expect_gain(
     if len(curve) < 2:
         return ""
     counts = sorted(curve)
-    have = min(counts, key=lambda n: abs(np.log(n) - np.log(max(n_tiles, 1))))
+    have = min(counts, key=lambda n: abs(np.log(n) - np.log(max(n_pairs or n_tiles, 1))))       # other crops of a field are no other fields
     yours = f"you have {n_tiles}" if n_pairs in (None, n_tiles) else f"your {n_pairs} make {n_tiles} of that size"
     more = [n for n in counts if n > have and len(curve[n]) == len(curve[have])]
     if not more:

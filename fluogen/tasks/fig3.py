@@ -24,7 +24,7 @@ CONVENTIONS = {"size": "128 x 128",
                "real": "simulated scenes of the test split, training microscopes, exposures of the training",
                "features": "32 numbers of encoder-nano, standardised over training scenes",
                "frechet": "all prompts together",
-               "kernel": "all prompts in equal parts, pairs of one prompt counted without bias; against as many scenes, in comparisons twice as many",
+               "kernel": "all prompts in equal parts, pairs of one prompt counted without bias; to as many scenes, compared to twice as many",
                "spectrum": "decades of power, mean over prompts",
                "histogram, brightness": "Wasserstein distance, unit range, mean over prompts",
                "diversity": "mean feature distance of two pictures of a prompt, over that of scenes"}
@@ -133,8 +133,8 @@ def figure_claims(record: dict | None, why: str, seconds: float | None = None) -
                               f"held-out scenes at the same exposures ({accuracy} at full exposure, says its card)"),
              "no_copies": dict(measured=copies["share"], at_most=copies["limit"],
                                why=f"{copies['flagged']} of {copies['n']} below the 1 % quantile of "
-                               f"{copies['held_out']} held-out scenes, {copies['training']} simulated scenes that it learned from (real images "
-                               "that an earlier training saw are not searched); the bound is what chance explains, 95 %"),
+                               f"{copies['held_out']} held-out scenes, {copies['training']} simulated scenes that it learned from "
+                               "(real images that an earlier training saw are not searched); the bound is what chance explains, 95 %"),
              "planted_copies": dict(measured=copies["planted_found"] / copies["planted"],
                                     why=f"{copies['planted']} copies"),
              "brightness": dict(measured=best["brightness"],

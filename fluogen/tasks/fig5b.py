@@ -83,7 +83,8 @@ def format_tunings(record: dict | None) -> str:
     "Mean gain over what ships by way of tuning and number of pairs, as text; empty unless two ways were measured."
     shared, gains = compare_tunings(record)
     free = {fit["method"]: fit["parameters"] for fit in (record or {}).get("fits", ()) if "parameters" in fit}
-    lines = [f"{NAMES[m]:<27}" + "".join(f"{gain:+9.2f}" for gain in values.mean(0)) + f"{free.get(m, 0):>15,}" for m, values in gains.items()]
+    lines = [f"{NAMES[m]:<27}" + "".join(f"{gain:+9.2f}" for gain in values.mean(0)) + f"{free.get(m, 0):>15,}"
+             for m, values in gains.items()]
     head = f"{'dB over what ships, pairs':<27}" + "".join(f"{n:>9}" for n in FEW) + f"{'free to move':>15}   ({len(shared)} laboratories)"
     return "\n".join([head, *lines]) if len(lines) > 1 else ""
 
@@ -104,8 +105,8 @@ def _judge_default(record: dict | None) -> dict:
         return claim | dict(measured=None, why="not in the record yet: fluogen train bench-pairs")
     next_best = max(others, key=lambda way: others[way].mean())
     mean, low, high = interval_of((gains["fluogen"] - others[next_best]).mean(1))
-    return claim | dict(measured=mean, why=f"against {NAMES[next_best]}, mean over {', '.join(map(str, FEW))} pairs; {len(shared)} laboratories"
-                        ) | (dict(ci95=(low, high)) if np.isfinite(low) else {})
+    why = f"against {NAMES[next_best]}, mean over {', '.join(map(str, FEW))} pairs; {len(shared)} laboratories"
+    return claim | dict(measured=mean, why=why) | (dict(ci95=(low, high)) if np.isfinite(low) else {})
 
 # %% ../../nbs/lib/tasks/76_fig5b.ipynb #bac2c28e
 def figure_claims(record: dict | None) -> list[dict]:

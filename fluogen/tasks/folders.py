@@ -95,7 +95,7 @@ def convert(
     full: bool = False,             # [0, 1] becomes the whole range of an integer type
     rounding=np.rint,               # np.floor for a lower bound, np.ceil for an upper one
 ) -> Image:
-    "To another number type: integers are rounded and clipped, with a warning; refused where more than 1 % lies above the range, or far below."
+    "To another number type: integers are rounded and clipped, with a warning; refused where more than 1 % is above or far below."
     if dtype.kind not in "ui":
         return replace(image, array=image.array.astype(dtype))
     limits = np.iinfo(dtype)

@@ -49,7 +49,8 @@ class GenerateSettings:
 
     def __post_init__(self):
         for key, wrong, expected in (
-                ("steps", not _is_whole(self.steps, 1, 1000), "a whole number, 1..1000"), ("sampler", self.sampler not in SAMPLERS, ", ".join(SAMPLERS)),
+                ("steps", not _is_whole(self.steps, 1, 1000), "a whole number, 1..1000"),
+                ("sampler", self.sampler not in SAMPLERS, ", ".join(SAMPLERS)),
                 ("grid", self.grid not in GRIDS, ", ".join(GRIDS)), ("guidance", not 0 <= self.guidance <= 50, "0..50, 1 is off"),
                 ("seed", not _is_whole(self.seed, 0, 2**63 - 1), "a whole number, 0 to 9223372036854775807")):
             if wrong:

@@ -143,7 +143,8 @@ def split_pairs(pairs: Pairs, seed: int = 0, stated=frozenset()) -> tuple[Pairs,
     "Training and validation tiles: the groups `stated`, else about one group in five, at least one."
     groups = sorted(set(pairs.groups))
     if len(groups) < 2:
-        raise OwnPairsError("one group only", "pairs", groups[0], hint="Bring pairs of a second cell or field; the key group says which belong together.")
+        raise OwnPairsError("one group only", "pairs", groups[0],
+                            hint="Bring pairs of a second cell or field; the manifest's key group says which pairs belong together.")
     aside = stated & set(groups) or {groups[i] for i in make_rng(seed, "aside").permutation(len(groups))[:max(1, round(len(groups) / 5))]}
     train_rows, held = ([i for i, g in enumerate(pairs.groups) if (g in aside) == wanted] for wanted in (False, True))
     step = math.ceil(len(held) / MAX_VALIDATION)

@@ -93,7 +93,8 @@ def list_ways(method: str, kind: str = "held-out") -> dict:
     if not method.startswith("control"):
         return {method: {}}
     all_ways = kind == "held-out" and method == "control"
-    ways = CONTROL_WAYS if all_ways else {name: CONTROL_WAYS[name] for name in ("4 passes", "4 passes, mean of 4")[:1 + (kind == "held-out")]}
+    few = ("4 passes", "4 passes, mean of 4") if kind == "held-out" else ("4 passes",)
+    ways = CONTROL_WAYS if all_ways else {name: CONTROL_WAYS[name] for name in few}
     return {f"{method}, {name}": {"passes": passes, "samples": samples} for name, (passes, samples) in ways.items()}
 
 
