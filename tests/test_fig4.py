@@ -9,7 +9,7 @@ from fluogen.core import FluogenError
 from fluogen.data.io import write_image
 from fluogen.report.claims import judge
 from fluogen.tasks import bench30, fig4, fig4_claims, scoring, thirty
-from fluogen.tasks.records import read_record
+from fluogen.tasks.records import RecordError, read_record
 
 
 def write_pairs(folder, rows):
@@ -54,7 +54,8 @@ def made_up_record():
             for seed in (None,) if way in ("bicubic", "richardson_lucy") else (0, 1):
                 noise = np.random.default_rng([seed or 0, len(way)]).normal(0, 0.05, 4)
                 scores = {"psnr": list(base + np.arange(4) + noise), "ms_ssim": list(0.9 + base / 1000 + noise / 100),
-                          "resolution_um": list(3 / base + noise / 1000), "cutoff_per_um": [8.0] * 4}
+                          "resolution_um": list(3 / base + noise / 1000), "cutoff_per_um": [8.0] * 4,
+                          "invented": list(0.3 / base + noise / 1000), "missed": [0.1] * 4}
                 rows.append({"kind": kind, "way": way, "which": "ever", "seed": seed, "scores": scores})
     return {"seeds": [0, 1], "fields": {kind: fields for kind in scoring.KINDS}, "rows": rows, "n_per_structure": 2}
 
@@ -88,6 +89,15 @@ def test_the_best_baseline_is_credited_with_its_better_stopping_rule():
     record["rows"] += [dict(r, which="in time", scores={k: [v + 0.5 for v in vs] for k, vs in r["scores"].items()})
                        for r in record["rows"] if r["way"] == "care"]
     assert scoring.best_baseline(record) == ("care", "in time")
+
+
+def test_where_less_is_better_the_best_baseline_has_the_least():
+    record, mean = made_up_record(), lambda metric, way: scoring.table_of(record, "held-out", metric, *way).mean()
+    for metric in ("invented", "resolution_um"):
+        best = scoring.best_baseline(record, metric)
+        assert all(mean(metric, best) <= mean(metric, (way, "ever")) for way in ("care", "rcan", "scratch"))
+    with pytest.raises(RecordError, match="no learned baseline"):
+        scoring.best_baseline(record, "nrmse")
 
 
 def test_table_and_rows():

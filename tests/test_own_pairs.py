@@ -1,4 +1,5 @@
 "A laboratory's pairs: read, cut, split by cell, tuned, kept with a card; every wrong input in one line."
+import inspect
 import json
 import os
 import shutil
@@ -297,3 +298,10 @@ def test_profiles():
     if not torch.cuda.is_available():
         with pytest.raises(OwnPairsError, match="needs an NVIDIA GPU.*Leave --profile out"):
             set_profile(SHORT, "gpu")
+
+
+def test_the_default_way_of_tuning_is_the_best_that_was_measured():
+    from fluogen.tasks import fig5b
+    from fluogen.tasks.records import find_record
+    best = fig5b.best_tuning(find_record("bench-pairs"))
+    assert {"fluogen": "all"}.get(best, best) == inspect.signature(adapt).parameters["free"].default

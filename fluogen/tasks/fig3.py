@@ -24,7 +24,7 @@ CONVENTIONS = {"size": "128 x 128",
                "real": "simulated scenes of the test split, training microscopes, exposures of the training",
                "features": "32 numbers of encoder-nano, standardised over training scenes",
                "frechet": "all prompts together",
-               "kernel": "all prompts in equal parts, pairs of one prompt counted without bias; to as many scenes, compared to twice as many",
+               "kernel": "all prompts in equal parts, pairs of one prompt without bias; to as many scenes, compared to twice as many",
                "spectrum": "decades of power, mean over prompts",
                "histogram, brightness": "Wasserstein distance, unit range, mean over prompts",
                "diversity": "mean feature distance of two pictures of a prompt, over that of scenes"}
