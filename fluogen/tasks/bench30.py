@@ -23,6 +23,7 @@ from ..diffusion.session import copy_into
 from ..diffusion.zoo import load_weights
 from .baselines import BASELINES, build_baseline
 from .fewer import count_free
+from .prior import name_hardware
 from .finetune import (ControlFitter, DirectFitter, FitConfig, NetworkFitter, Pairs,
                                      blend_weights, draw_batch, fit)
 from .records import keep_once, keep_record
@@ -140,7 +141,7 @@ def run_method(
     report = {
         "method": method, "seed": seed, "seconds": seconds, "seconds a step": round(step_s, 4), "steps in time": in_time,
         "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3),
-        "parameters": count_free(fitter),
+        "parameters": count_free(fitter), "hardware": name_hardware(next(fitter.modules.parameters()).device),
         "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": asdict(config)}
     keep_record(folder / "result.json", report, 1)
     return report

@@ -22,7 +22,7 @@ from ..diffusion.zoo import load_weights
 from .denoisers import denoise_nlm
 from .finetune import DirectFitter, Pairs, draw_batch
 from .prior import training_facts
-from .recipes import adapt_prior, keep_weights, module_configs
+from .recipes import adapt_prior, keep_weights, licence_after, module_configs
 from .scenes import Rounds
 
 # %% ../../nbs/lib/tasks/42_denoise.ipynb #b75120db
@@ -95,7 +95,7 @@ def train_denoise(
                        "the noise is stated or estimated.",
             "data": f"Simulated images only, optics range '{TRAIN.name}', half confocal, half widefield; photons {bands}; "
                     f"structures {', '.join(STRUCTURES)}.",
-            "licence": "Apache-2.0; the training data are simulated by this package.",
+            "licence": licence_after(weights),
             "recipe": f"fluogen train {Path(out).name} --seed {seed} --steps {steps} --rate {lr:g}"
                       + (f", gone on from {weights.id}" if start else ""),
             "training": training_facts(result, crops, device),

@@ -25,6 +25,7 @@ from .exposed import PHOTONS, exposed_batch, exposed_fields, miss_by_exposure
 from .finetune import drop_some
 from .intervals import FAMILIES_OF, calibrate_fields, simulated_fields
 from .prior import training_facts
+from .recipes import licence_after
 from .scenes import Rounds, draw_rows, turn
 from .settings import RestoreSettings
 from ..uncertainty.certificate import save_calibration
@@ -169,7 +170,7 @@ def keep_heads(folder: Path, model, fitter: HeadsFitter, facts: dict, seed: int,
     card = {"summary": f"Interval heads ({fitter.kind}) of {weights.id}: how dark and how bright a pixel could be.",
             "data": f"Simulated pairs, optics range '{TRAIN.name}'; calibrated on {len(drawn)} scenes of the split validation, "
                     f"optics range '{HELD_OUT.name}'{exposures}.",
-            "licence": "Apache-2.0; the training data are simulated by this package.",
+            "licence": licence_after(weights),
             "recipe": f"fluogen train heads --models {weights.name} --seed {seed}",
             "training": facts, "scores": "being calibrated",
             "limits": "The calibration speaks of simulated scenes like those it was made on. For your own images: fluogen calibrate."}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL_SHARE', 'DEALS', 'RecipeError', 'Deal', 'prior_batch', 'draw_times', 'prior_loss', 'validate_prior',
-           'train_prior', 'dealt', 'scenes_seen', 'training_facts']
+           'train_prior', 'dealt', 'scenes_seen', 'name_hardware', 'training_facts']
 
 # %% ../../nbs/lib/tasks/35_prior.ipynb #57edd551
 from dataclasses import asdict, dataclass
@@ -167,8 +167,13 @@ def scenes_seen(weights) -> list[dict]:
     return (scenes_seen(before) if known else []) + [dealt(Deal(), seed, training["steps"])]
 
 
+def name_hardware(device) -> str:
+    "What a training ran on, for its card."
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
+
+
 def training_facts(result, batch: int, device) -> dict:
     "What a card says of a training."
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"steps": result.step, "crops a step": batch, "minutes in steps": round(result.seconds / 60, 1), "hardware": name,
-            "torch": torch.__version__.split("+")[0], "stopped by": result.stopped}
+    return {"steps": result.step, "crops a step": batch, "minutes in steps": round(result.seconds / 60, 1),
+            "hardware": name_hardware(device), "torch": torch.__version__.split("+")[0], "stopped by": result.stopped}

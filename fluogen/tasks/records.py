@@ -18,7 +18,7 @@ from ..core import FluogenError
 from ..data.files import atomic_write
 from ..diffusion.zoo import load_weights, save_weights, weight_folders
 from .finetune import NetworkFitter
-from .recipes import module_configs
+from .recipes import licence_after, module_configs
 
 # %% ../../nbs/lib/tasks/45_records.ipynb #6cc5ee02
 class RecordError(FluogenError):
@@ -77,8 +77,10 @@ def ship_fit(folder: Path, fitter, report: dict, about: dict, card: dict, packin
              "schedule": None if plain else vars(fitter.schedule.config),
              "direct": vars(fitter.config) if hasattr(fitter, "config") else None,
              "modules": {"network": {"name": report["method"]}} if plain else module_configs(fitter.modules), **about}
-    card = {"licence": "Apache-2.0; the training data are simulated by this package.",
-            "training": {key: report[key] for key in ("steps", "best step", "seconds a step", "parameters", "validation dB")},
+    card = {"licence": licence_after(load_weights(packing["base"]) if packing.get("base") else None),
+            "training": {"minutes in steps": round(report["steps"] * report["seconds a step"] / 60, 1),
+                         "hardware": report.get("hardware", "CPU"),
+                         **{key: report[key] for key in ("steps", "best step", "seconds a step", "parameters", "validation dB")}},
             "limits": "Made for a comparison: trained on thirty small fields.", **card}
     return save_weights(folder, {name: module.state_dict() for name, module in fitter.modules.items()}, about, card, **packing)
 
