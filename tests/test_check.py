@@ -366,6 +366,17 @@ def test_a_stack_without_axes_is_a_stack(folder):
     assert line.startswith("MEND  stack: ") and "--axes" not in line
 
 
+def test_a_changed_recording_is_seen_as_a_changed_target_is(folder, tmp_path):
+    listed = tmp_path / "pairs.jsonl"
+    assert main(["check", str(folder), "--manifest", str(listed)]) == 0
+    change(folder / "noisy/1.tif", lambda a: a + np.eye(128))                       # still a good pair, but another recording
+    assert [finding.what for finding in check_data(listed).must_mend] == ["set/noisy/1.tif is not the file that was recorded"]
+    record = next(record for record in read_manifest(listed) if "1.tif" in record.image)
+    for read in (read_noisy_pair, lambda r: read_pair(r, 1)):
+        with pytest.raises(FluogenError, match="not the file that was recorded"):
+            read(record)
+
+
 def test_a_list_that_somebody_wrote_is_not_written_over(folder, tmp_path, capsys):
     listed = tmp_path / "my pairs.jsonl"
     command = ["check", str(folder), "--manifest", str(listed)]

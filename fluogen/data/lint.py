@@ -172,8 +172,10 @@ def lint(
         for path in _paths(record):
             if not path.exists():
                 findings.append(Finding("missing-file", record.where, str(path)))
-        if content and record.sha256 and record.path.exists() and hash_file(record.path) != record.sha256.lower():
-            findings.append(Finding("checksum", record.where, f"{record.image} is not the file that was recorded"))
+        for name, path, digest in ((record.image, record.path, record.sha256),
+                                   (record.conditioning_image, record.conditioning_path, record.conditioning_sha256)):
+            if content and digest and path and path.exists() and hash_file(path) != digest.lower():
+                findings.append(Finding("checksum", record.where, f"{name} is not the file that was recorded"))
         if record.conditioning_path == record.path:
             findings.append(Finding("same-file", record.where, f"{record.image} is both image and condition"))
     findings += find_leaks(records, content)

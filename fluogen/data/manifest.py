@@ -150,8 +150,10 @@ def write_manifest(
 
 # %% ../../nbs/lib/data/20_manifest.ipynb #fdf4267c
 def stamp_sha256(record: Record) -> Record:
-    "The record with the checksum of its image, as it is on disk now; what is read for a training is compared with it."
-    return replace(record, sha256=hash_file(record.path)) if record.path.exists() else record
+    "The record with the checksums of its images, as they are on disk now; what is read for a training is compared with them."
+    below = record.conditioning_path
+    extra = {"conditioning_sha256": hash_file(below)} if below and below.exists() else {}
+    return replace(record, sha256=hash_file(record.path) if record.path.exists() else record.sha256, extra=record.extra | extra)
 
 
 def check_replaceable(path: str | Path, records: Iterable[Record]) -> None:
@@ -159,7 +161,8 @@ def check_replaceable(path: str | Path, records: Iterable[Record]) -> None:
     path = Path(path)
     if not path.exists():
         return
-    bare = lambda record: write_row(replace(record, sha256=None), Path(os.path.abspath(path.parent)))
+    row = lambda record: write_row(record, Path(os.path.abspath(path.parent)))
+    bare = lambda record: {key: value for key, value in row(record).items() if key not in ("sha256", "conditioning_sha256")}
     plain = lambda some: sorted(json.dumps(bare(record), sort_keys=True) for record in some)
     try:
         there = plain(read_manifest(path))

@@ -116,6 +116,11 @@ class Record:
         return Path(os.path.normpath(self.base / name)) if name else None
 
     @property
+    def conditioning_sha256(self) -> str | None:
+        "Checksum of the measured image, None where nobody recorded it."
+        return self.extra.get("conditioning_sha256")
+
+    @property
     def prompts(self) -> tuple[str, ...]:
         "All alternatives of the prompt; the first is the one used at test."
         return tuple(self.text) if isinstance(self.text, list) else (self.text,)

@@ -36,12 +36,13 @@ def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSett
     "A pair with its measured counts; raises what is wrong with it, or why its noise cannot be estimated."
     if weights.config["norm"] != STABLE:
         target, *_ = read_pair(record, weights.config["scale"])
-        counts = read_image(record.conditioning_path).array
+        counts = read_image(record.conditioning_path, sha256=record.conditioning_sha256).array
         check_size(counts.shape, record.conditioning_path)
         return Field(counts, target[0].numpy(), str(record.group))
     if not record.conditioning_image:
         raise CalibrationError("a single image, not a pair", where=record.image, hint="Give image (clean) and conditioning_image (noisy).")
-    clean, noisy = read_image(record.path, sha256=record.sha256).array, read_image(record.conditioning_path).array
+    clean, noisy = (read_image(path, sha256=digest).array for path, digest in (
+        (record.path, record.sha256), (record.conditioning_path, record.conditioning_sha256)))
     judge_noisy_pair(noisy, clean, record.conditioning_path)
     field = Field(noisy, match_scale(noisy, clean)[0], str(record.group))
     as_shown(field, weights, settings)

@@ -33,7 +33,7 @@ def read_mask_pair(record, norm: str = NORM) -> tuple[torch.Tensor, torch.Tensor
     "Image (1,H,W) in unit range and its mask (1 or 2,H,W) as `norm` shows it; raises what is wrong with the pair."
     if not record.conditioning_image:
         raise OwnPairsError("an image without a mask", where=record.image, hint="Give image (measured) and conditioning_image (mask).")
-    image, mask = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path)
+    image, mask = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path, sha256=record.conditioning_sha256)
     check_plane(image)
     shown = show_labels(mask.array, norm, mask.path)
     if mask.array.shape != image.array.shape:

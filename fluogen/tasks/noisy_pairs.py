@@ -82,7 +82,7 @@ def read_noisy_pair(record) -> tuple[torch.Tensor, torch.Tensor, float | None, l
     "Target (1,H,W), condition (3,H,W), pixel in um or None, and notes. Raises what is wrong with the pair."
     if not record.conditioning_image:
         raise NoisyPairError("a single image, not a pair", where=record.image, hint="Give image (clean) and conditioning_image (noisy).")
-    clean, noisy = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path)
+    clean, noisy = read_image(record.path, sha256=record.sha256), read_image(record.conditioning_path, sha256=record.conditioning_sha256)
     judge_noisy_pair(noisy.array, clean.array, noisy.path)
     try:
         noise, _ = read_noise(noisy.array, clean.array)
@@ -102,7 +102,7 @@ def find_camera(records, most: int = 8) -> tuple[float, float, float] | None:
     lines = []
     for record in [record for record in records if record.conditioning_image][:most]:
         try:
-            noisy = read_image(record.conditioning_path).array
+            noisy = read_image(record.conditioning_path, sha256=record.conditioning_sha256).array
             noise, said = read_noise(noisy, read_image(record.path).array)
         except (FluogenError, ValueError):
             continue

@@ -86,7 +86,7 @@ def real_rows(source: str) -> tuple:
     clean, noisy, seen = {}, {}, set()
     for record in records:
         clean.setdefault(record.image, read_image(record.path, sha256=record.sha256).array)
-        array = read_image(record.conditioning_path).array
+        array = read_image(record.conditioning_path, sha256=record.conditioning_sha256).array
         key = hash_array(array)
         if array.ndim == 2 and array.shape == clean[record.image].shape and key not in seen:
             noisy[record.conditioning_image] = (record, array)

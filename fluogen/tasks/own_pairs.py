@@ -65,7 +65,8 @@ def read_pair(record, scale: int = 2) -> tuple[torch.Tensor, torch.Tensor, float
     "Target (1,H,W), condition (1,h,w) in unit range, the target's pixel in um or None, and notes. Raises what is wrong with the pair."
     if not record.conditioning_image:
         raise OwnPairsError("a single image, not a pair", where=record.image, hint="Give image and conditioning_image.")
-    target, condition = read_image(record.path, sha256=record.sha256), read_plane(record.conditioning_path, record.extra.get("frames"))
+    target, condition = read_image(record.path, sha256=record.sha256), read_plane(
+        record.conditioning_path, record.extra.get("frames"), sha256=record.conditioning_sha256)
     for image in (target, condition):
         check_plane(image)
     if tuple(scale * n for n in condition.array.shape) != target.array.shape:
@@ -113,11 +114,10 @@ def gather_tiles(source: str | Path, read) -> tuple[Pairs, list[str]]:
     for record in tests:
         if record.conditioning_image and record.conditioning_path.is_file():
             seen.setdefault(content(record), record.conditioning_image)
-    if tests:
-        notes.append(f"{len(tests)} of the split test left out: they are for judging the result")
+    notes += [f"{len(tests)} of the split test left out: they are for judging the result"] * bool(tests)
     free = reserve((record for record in records if record.split != "test"), tests)
-    if shared := len(records) - len(tests) - len(free):
-        notes.append(f"{shared} more left out: they share a group or a file with the split test")
+    shared = len(records) - len(tests) - len(free)
+    notes += [f"{shared} more left out: they share a group or a file with the split test"] * bool(shared)
     for record in free:
         try:
             target, condition, *said = read(record)
@@ -131,8 +131,7 @@ def gather_tiles(source: str | Path, read) -> tuple[Pairs, list[str]]:
     if not pairs:
         found = "; ".join(note.removeprefix("left out: ") for note in notes[:2]) or "an empty manifest"
         raise OwnPairsError("no pair that can be used", where=source, found=found, hint="fluogen check says what is wrong with each.")
-    side = min(TILE_PX, *(n for _, target, _ in pairs for n in target.shape[-2:])) // 16 * 16
-    if side < 32:
+    if (side := min(TILE_PX, *(n for _, target, _ in pairs for n in target.shape[-2:])) // 16 * 16) < 32:
         raise OwnPairsError("images too small", where=source, found=f"{side} px", expected="targets of 32 px or more")
     tiles = [(record, *tile) for record, *pair in pairs for tile in cut_pair(*pair, side)]
     return Pairs(torch.stack([t for _, t, _ in tiles]), torch.stack([c for _, _, c in tiles]),
