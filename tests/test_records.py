@@ -4,7 +4,7 @@ import json
 import pytest
 
 from fluogen.tasks import records
-from fluogen.tasks.records import RecordError, describe_bench, find_record, keep_once, keep_record, read_record, score_row
+from fluogen.tasks.records import RecordError, describe_bench, find_record, is_comparable, join_record, keep_once, keep_record, read_record, score_row
 
 
 @pytest.fixture
@@ -44,3 +44,32 @@ def test_rows_are_by_field_and_the_record_is_json():
     made = describe_bench([row], [{"method": "care"}], {"held-out": Fields}, [None], seeds=[0])
     assert made["rows"][0]["scores"] == {"psnr": [27.0, 28.0]} and made["fields"] == {"held-out": ["er", "ccps"]}
     assert made["bases"] == [] and json.loads(json.dumps(made)) == made
+
+
+def bench(method, psnr, seed=0, base="nano@1", plain=25.0):
+    rows = [score_row("held-out", "bicubic", None, "ever", [{"psnr": plain}, {"psnr": 26.0}]),
+            score_row("held-out", method, seed, "ever", [{"psnr": psnr}, {"psnr": psnr}])]
+    return {"bases": [base], "seeds": [seed], "fits": [{"method": method.split(",")[0], "seed": seed, "steps": 9}], "rows": rows,
+            "fields": {"held-out": ["er", "er"]}, "groups": {"held-out": None}, "n_per_structure": 2}
+
+
+def test_a_record_grows_by_other_fits_and_renews_those_made_again(tmp_path):
+    path = tmp_path / "bench" / "scores.json"
+    for made in (bench("care", 27.0), bench("control, 4 passes", 28.0, seed=2), bench("care", 27.5, plain=25.015), bench("care", 26.0, seed=1)):
+        join_record(path, made)
+    record = json.loads(path.read_text())
+    assert {(r["way"], r["seed"]): r["scores"]["psnr"][0] for r in record["rows"] if r["seed"] is not None} == {
+        ("care", 0): 27.5, ("care", 1): 26.0, ("control, 4 passes", 2): 28.0}
+    assert sum(r["way"] == "bicubic" for r in record["rows"]) == 1 and record["seeds"] == [0, 1, 2] and len(record["fits"]) == 3
+
+
+@pytest.mark.parametrize("other", [dict(base="nano@2"), dict(plain=25.2)])
+def test_what_cannot_be_compared_is_put_aside_not_lost(tmp_path, other):
+    path = join_record(tmp_path / "scores.json", bench("care", 27.0))
+    with pytest.warns(UserWarning, match="of other fields or weights"):
+        join_record(path, bench("rcan", 28.0, **other))
+    assert [r["way"] for r in json.loads(path.read_text())["rows"]] == ["bicubic", "rcan"]
+    assert [r["way"] for r in json.loads((tmp_path / "scores.older.json").read_text())["rows"]] == ["bicubic", "care"]
+    made = bench("care", 27.0)
+    made["fields"]["held-out"] = ["er", "ccps"]
+    assert not is_comparable(bench("care", 27.0), made)
