@@ -119,9 +119,12 @@ def run_weights(args) -> int:
 def run_check(args) -> int:
     "Report on a data set; exit code 1 when something must be mended."
     from fluogen.data.check import check_data
+    from fluogen.data.files import check_writable
     from fluogen.data.manifest import check_replaceable, stamp_sha256, write_manifest
     from fluogen.data.mend import mend_shifts, next_step
     source = Path(args.input)
+    if args.manifest:
+        check_writable(args.manifest, ".jsonl")
     if args.sheet:
         from fluogen.report.figure import check_picture, save_picture
         check_picture(args.sheet)
