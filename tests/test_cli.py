@@ -228,7 +228,12 @@ def test_light_that_was_not_recorded_is_marked(run, tmp_path):
     assert marks.axes == "TYX" and (marks.array[1, 41, 24:56] == 1).mean() > 0.9 and (marks.array[0, 41, 24:56] == 1).mean() < 0.3
     write_image(tmp_path / "twice.tif", np.kron(light, np.ones((1, 2, 2))).astype(np.float32), axes="TYX")
     write_image(tmp_path / "unit.tif", light.astype(np.float32), axes="TYX", metadata={"fluogen": {"intensity": "unit"}})
-    for name, words in (("twice.tif", "not of one size"), ("unit.tif", "not a restored image in counts"), ("no.tif", "no")):
+    write_image(tmp_path / "scaled.tif", (8 * light).astype(np.float32), axes="TYX")
+    write_image(tmp_path / "made.tif", light.astype(np.float32), axes="TYX", metadata={"fluogen": {"computed": True}})
+    code, out, err = run("support", tmp_path / "made.tif", tmp_path / "film.tif")                   # the wrong way round
+    assert code == 2 and out == "" and "computed, not recorded" in err[0]
+    for name, words in (("twice.tif", "not of one size"), ("unit.tif", "not a restored image in counts"), ("no.tif", "no"),
+                        ("scaled.tif", "not in the same counts")):
         code, out, err = run("support", tmp_path / "film.tif", tmp_path / name)
         assert code == 2 and out == "" and len(err) == 1 and words in err[0]
     assert run("support", tmp_path / "film.tif", tmp_path / "true.tif", "--element", "40")[0] == 2
