@@ -144,6 +144,12 @@ def tell(record: dict | None) -> str:
             where, name = find_crossing(record, "fluogen", theirs), NAMES[theirs][0].upper() + NAMES[theirs][1:]
             parts.append(f"{name} comes level with FluoGen at about {where:.0f} pairs." if where else
                          f"{name} nowhere comes level with FluoGen from below, up to the largest number measured, within a minute a fit.")
+    for theirs in ("care", "scratch"):
+        found = _ahead(record, ("fluogen", 30), (f"{theirs}-long", 30))
+        if found.get("ci95"):
+            low, high = found["ci95"]
+            parts.append(f"Fitted until patience ends it, with 30 pairs, {NAMES[theirs]} lies {found['measured']:.2f} dB [{low:.2f}, {high:.2f}] "
+                         "below FluoGen.")
     best = best_tuning(record)
     parts += [f"Of the ways of tuning, {NAMES[best]} is best over 2 to 30 pairs."] if best else []
     return " ".join(parts)
