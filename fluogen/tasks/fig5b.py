@@ -148,8 +148,8 @@ def tell(record: dict | None) -> str:
         found = _ahead(record, ("fluogen", 30), (f"{theirs}-long", 30))
         if found.get("ci95"):
             low, high = found["ci95"]
-            parts.append(f"Fitted until patience ends it, with 30 pairs, {NAMES[theirs]} lies {found['measured']:.2f} dB [{low:.2f}, {high:.2f}] "
-                         "below FluoGen.")
+            parts.append(f"Fitted until patience ends it, with 30 pairs, {NAMES[theirs]} lies {found['measured']:.2f} dB "
+                         f"[{low:.2f}, {high:.2f}] below FluoGen.")
     best = best_tuning(record)
     parts += [f"Of the ways of tuning, {NAMES[best]} is best over 2 to 30 pairs."] if best else []
     return " ".join(parts)
