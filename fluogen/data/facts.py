@@ -84,9 +84,12 @@ def make_thumbnail(plane, half: int | None = None) -> np.ndarray:
     height, width = (n // SIDE * SIDE for n in plane.shape)
     if not height or not width:
         return np.zeros(SIDE * SIDE)
-    taken = np.ones((height, width)) if half is None else np.indices((height, width)).sum(0) % 2 == half
-    average = lambda values: values.reshape(SIDE, height // SIDE, SIDE, width // SIDE).mean((1, 3))
-    blocks = average(plane[:height, :width] * taken) / np.maximum(average(taken), 1e-9)
+    blocks = plane[:height, :width].astype(float).reshape(SIDE, height // SIDE, SIDE, width // SIDE)
+    if half is None:
+        blocks = blocks.mean((1, 3))
+    else:
+        odd = np.logical_xor.outer(np.arange(height) % 2 == 1, np.arange(width) % 2 == 1)
+        blocks = blocks.mean((1, 3), where=(odd == bool(half)).reshape(blocks.shape))
     blocks = np.sqrt(np.maximum(blocks - blocks.min(), 0)).ravel()
     blocks -= blocks.mean()
     length = np.linalg.norm(blocks)

@@ -34,7 +34,7 @@ class GenerateError(FluogenError):
 
 
 def _is_whole(value, low: int, high: int) -> bool:
-    return isinstance(value, int) and low <= value <= high
+    return isinstance(value, (int, np.integer)) and low <= value <= high
 
 
 @dataclass(frozen=True)
