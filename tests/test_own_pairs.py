@@ -102,6 +102,24 @@ def test_blended_weights_lie_half_way(tmp_path):
     assert all(torch.equal(v, start[k]) for k, v in fitter.modules.state_dict().items())
 
 
+def test_the_share_of_tuning_is_the_one_that_validation_likes_best(tmp_path, monkeypatch):
+    data = simulate_pairs(["er"], 4, size_px=32, seed=1)
+    rows, fitter, asked = Pairs(data.target, data.condition, data.prompts), DirectFitter(make_weights()), []
+    start = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
+    fit(fitter, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, validate_every=4), tmp_path / "fit")
+    end = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
+    moved = next(k for k in start if not torch.equal(start[k], end[k]))
+
+    def judge(fitter, modules, pairs):                                              # likes a quarter of the way
+        asked.append(float(((modules.state_dict()[moved] - start[moved]).norm() / (end[moved] - start[moved]).norm())))
+        return abs(asked[-1] - 0.3)
+    monkeypatch.setattr(finetune, "judge_fit", judge)
+    assert finetune.choose_share(fitter, start, rows) == 0.25 and asked == pytest.approx(finetune.SHARES, abs=1e-4)
+    assert all(torch.equal(v, end[k]) for k, v in fitter.modules.state_dict().items())
+    fit(fitter, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, validate_every=4, blend=None), tmp_path / "fit")
+    assert fitter.share == 0.25
+
+
 @pytest.mark.parametrize("samples", [False, True])
 def test_a_model_is_tuned_kept_and_used(tmp_path, samples):
     save_toy(tmp_path / "toy", "control" if samples else "direct")

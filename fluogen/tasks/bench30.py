@@ -125,6 +125,8 @@ def run_method(
     if not n_pairs:
         return keep_once(folder / "result.json", lambda: {"method": method, "seed": seed, "steps": 0})
     config = replace(config or suite.METHODS[method].config, seed=seed)
+    if dataset != "simulated" and config.blend != 1:        # judged on the microscope that the pairs are from: they choose the share
+        config = replace(config, blend=None)
     pairs, validation = suite.draw_pairs(method, seed, n_pairs, dataset)
     validation = validation.take(list(range(min(len(validation), MAX_VALIDATION))))
     fitter = suite.make_fitter(method, seed)
@@ -141,7 +143,7 @@ def run_method(
     report = {
         "method": method, "seed": seed, "seconds": seconds, "seconds a step": round(step_s, 4), "steps in time": in_time,
         "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3),
-        "parameters": count_free(fitter), "hardware": name_hardware(next(fitter.modules.parameters()).device),
+        "parameters": count_free(fitter), "hardware": name_hardware(next(fitter.modules.parameters()).device), "share": fitter.share,
         "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": asdict(config)}
     keep_record(folder / "result.json", report, 1)
     return report
@@ -155,7 +157,8 @@ def load_method(method: str, seed: int, folder: str | Path, which: str = "best",
         start = {name: value.clone() for name, value in fitter.modules.state_dict().items()}
         tensors, _ = load_tensors(Path(folder) / f"{which}.safetensors")
         copy_into({n: v for n, v in (*fitter.modules.named_parameters(), *fitter.modules.named_buffers()) if n in tensors}, tensors)
-        blend_weights(fitter.modules, start, suite.METHODS[method].config.blend)
+        report = json.loads((Path(folder) / "result.json").read_text()) if (Path(folder) / "result.json").is_file() else {}
+        blend_weights(fitter.modules, start, report.get("share", suite.METHODS[method].config.blend))
     fitter.modules.eval().requires_grad_(False)
     return fitter
 

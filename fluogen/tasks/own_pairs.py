@@ -251,7 +251,7 @@ def adapt(
 ) -> Adapted:
     "Tune shipped weights on one's own pairs. Raises `OwnPairsError` for pairs that cannot be used, `KeyboardInterrupt` after Ctrl-C."
     folder = place_weights(name, out)
-    config = config or FitConfig(**{**asdict(TUNE_CONFIG), "seed": seed, "minutes": minutes, **TUNING.get(free, {})})
+    config = config or FitConfig(**{**asdict(TUNE_CONFIG), "seed": seed, "minutes": minutes, "blend": None, **TUNING.get(free, {})})
     config = set_profile(config, profile, device)
     weights = load_for_task(task, int(samples), base or None, choose_device(device))
     if weights.config.get("task") != task:
@@ -289,7 +289,7 @@ def keep_adapted(made: Adapted, fitter, weights: Weights, base: str, source, con
             "licence": "That of the images it was tuned on; ask their owner before you pass it on.",
             "recipe": f"fluogen finetune {shlex.quote(Path(source).name)} --task {about['task']} --name {shlex.quote(made.name)} "
                       f"--free {free} --seed {config.seed}",
-            "training": {"steps": made.steps, "blend": config.blend, "rate": config.lr, "free": free},
+            "training": {"steps": made.steps, "share of it": fitter.share, "rate": config.lr, "free": free},
             "scores": {"PSNR (dB) before": round(made.before, 2), "PSNR (dB) after": round(made.after, 2),
                        "PSNR (dB) of the input itself": round(made.enlarged, 2)},
             "limits": made.alarm or "Measured on few cells of one laboratory; other stains and microscopes were not seen."}
