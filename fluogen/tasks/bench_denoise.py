@@ -99,7 +99,8 @@ def score_method(method: str, seed: int, folder, dataset: str, n_per_row: int) -
     for which, file in (("ever", "best"), ("in time", "in_time")):
         if which == "in time" and (method not in LEARNED or not (Path(folder) / "in_time.safetensors").is_file()):
             continue
-        fitter = pack_round_trip(load_method(method, seed, folder, file, HERE), packing(method))
+        how = packing(method) | ({} if dataset == "simulated" else {"rank": None})      # real: as `fluogen finetune` would keep it
+        fitter = pack_round_trip(load_method(method, seed, folder, file, HERE), how)
         rows += [score_row(kind, method, seed, which, score_fields(restore_fields(fitter, some), some)) for kind, some in fields.items()]
     return rows
 

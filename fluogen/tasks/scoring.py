@@ -104,7 +104,8 @@ def score_method(method: str, seed: int, folder, fields: dict) -> list[dict]:
     for which in ("best", "in_time"):
         if which == "in_time" and (method not in LEARNED or not (Path(folder) / "in_time.safetensors").is_file()):
             continue
-        fitter = pack_round_trip(load_method(method, seed, folder, which), packing(method))
+        real = any(batch.groups for batch in fields.values())                           # as `fluogen finetune` would keep it
+        fitter = pack_round_trip(load_method(method, seed, folder, which), packing(method) | ({"rank": None} if real else {}))
         for kind, batch in fields.items():
             for way, options in list_ways(method, kind).items():
                 scores = score_fields(restore_fields(fitter, batch, **options), batch, full=kind == "held-out" and which == "best")
