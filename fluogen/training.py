@@ -36,7 +36,7 @@ def compare_restorers(args, out: Path, work: Path) -> Path:
     from fluogen.tasks.scoring import run_bench
     simulated = args.dataset == "simulated"
     here = dict(record="scores", n_per_structure=4) if simulated else dict(record="real", n_per_structure=25)
-    return run_bench(out, work if simulated else work / "real", seeds=args.seeds or (0, 1, 2), methods=args.methods, seconds=args.seconds,
+    return run_bench(out, work if simulated else work / "real", seeds=args.seeds or range(3 if simulated else 6), methods=args.methods, seconds=args.seconds,
                      workers=args.workers, dataset=args.dataset, **here)
 
 

@@ -172,15 +172,29 @@ def clean_cells(tmp_path_factory):
 
 
 def test_a_real_cell_is_in_one_set_only(clean_cells):
-    fields = thirty.draw_fields("held-out", 25, dataset=clean_cells)
-    assert fields.target.shape[-2:] == (240, 240) and set(fields.structures) == {"er", "mitochondria"}
-    assert not {"er/stretched", "er/small", "er/other"} & set(fields.groups)
-    for seed in range(3):
+    judges = [thirty.draw_fields("held-out", 25, dataset=clean_cells, half=half) for half in (0, 1)]
+    first, second = (set(fields.groups) for fields in judges)
+    assert judges[0].target.shape[-2:] == (240, 240) and all(set(f.structures) == {"er", "mitochondria"} for f in judges)
+    assert not first & second and len(first | second) == 16 and not {"er/stretched", "er/small", "er/other"} & (first | second)
+    for seed in range(4):
         made = thirty.make_thirty(seed, 12, clean_cells)
         train, held = thirty.draw_thirty(seed, 12, clean_cells)
         assert made.target.shape[-2:] == (128, 128) and len(train) + len(held) == len(made) and len(held)
-        assert not set(made.groups) & set(fields.groups) and not set(train.groups) & set(held.groups)
-    assert not torch.equal(made.target, thirty.make_thirty(0, 12, clean_cells).target)
+        assert set(made.groups) <= (second, first)[seed % 2] and not set(train.groups) & set(held.groups)
+    assert not torch.equal(thirty.make_thirty(1, 12, clean_cells).target, thirty.make_thirty(3, 12, clean_cells).target)
+
+
+def test_two_draws_of_real_cells_are_one_table_of_all_cells():
+    def row(way, half, seed, values):
+        return {"kind": f"half {half}", "way": way, "which": "ever", "seed": seed, "scores": {"psnr": values}}
+    rows = [row("direct", seed % 2, seed, [seed, seed + 0.5]) for seed in range(4)] + [row("care", seed % 2, seed, [0, 0]) for seed in range(3)]
+    rows += [row("bicubic", half, None, [half, half]) for half in (0, 1)]
+    record = scoring.join_halves({"seeds": [0, 1, 2, 3], "rows": rows, "fields": {"half 1": ["er", "er"], "half 0": ["er", "mitochondria"]},
+                                  "groups": {"half 0": ["a", "b"], "half 1": ["c", "d"]}})
+    assert record["groups"]["held-out"] == ["a", "b", "c", "d"] and record["fields"]["held-out"][1] == "mitochondria"
+    assert scoring.table_of(record, "held-out", "psnr", "direct").tolist() == [[0, 0.5, 1, 1.5], [2, 2.5, 3, 3.5]]
+    assert scoring.table_of(record, "held-out", "psnr", "bicubic").tolist() == [[0, 0, 1, 1]]
+    assert scoring.table_of(record, "held-out", "psnr", "care").shape == (1, 4)         # draw 2 has no partner
 
 
 def test_too_few_cells_are_refused(tmp_path):

@@ -31,7 +31,7 @@ from .thirty import draw_thirty
 
 # %% ../../nbs/lib/tasks/50_bench30.ipynb #cdbe05fc
 BENCH_CONFIG = FitConfig(steps=10_000, batch=4, crop_px=64, lr=5e-4, validate_every=40, patience=8)
-TUNE_CONFIG = replace(BENCH_CONFIG, lr=2e-4, steps=1000, ema_decay=0.995, blend=0.5)     # for weights that restore already
+TUNE_CONFIG = replace(BENCH_CONFIG, lr=2e-4, steps=2000, ema_decay=0.995, blend=0.5)     # for weights that restore already
 MANY_CONFIG = replace(BENCH_CONFIG, batch=8, steps=20_000, validate_every=200, patience=8)
 MAX_VALIDATION = 32                                             # pairs to stop by, however many there are
 

@@ -12,7 +12,7 @@ import numpy as np
 from .bench30 import LEARNED, tell_ends
 from .fig4 import DISPLAY
 from .records import RecordError, read_record
-from .scoring import best_baseline, compare, table_of
+from .scoring import best_baseline, compare, join_halves, table_of
 
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #d251ea01
 CLAIMS = {      # id -> sentence, what it must reach
@@ -76,7 +76,7 @@ def claim_difference(name: str, record: dict, first: tuple, second: tuple, metri
 def claim_real() -> dict:
     "The same comparison on real images under a simulated microscope; not measured where the record is not there."
     try:
-        real = read_record("bench30", "bench30 --dataset PATH", "real")
+        real = join_halves(read_record("bench30", "bench30 --dataset PATH", "real"))
         return claim_difference("real_gain", real, ("direct", "ever"), best_baseline(real), "psnr")
     except RecordError as error:
         return dict(id="real_gain", claim=CLAIMS["real_gain"][0], source="this package, thirty pairs", measured=None, why=str(error),

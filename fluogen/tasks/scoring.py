@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ELEMENT_UM', 'COUNTS_PER_UNIT', 'CONTROL_WAYS', 'KINDS', 'SHIPPED', 'LOWER', 'packing', 'pack_round_trip',
            'restore_fields', 'score_fields', 'classical_methods', 'list_ways', 'score_method', 'score_once',
-           'run_bench', 'ship_method', 'open_fitter', 'table_of', 'list_seeds', 'best_baseline', 'compare']
+           'make_fields', 'run_bench', 'ship_method', 'open_fitter', 'join_halves', 'table_of', 'list_seeds',
+           'best_baseline', 'compare']
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #df33a3ac
 import json
@@ -20,12 +21,13 @@ from ..metrics.intervals import paired_interval
 from ..metrics.resolution import fourier_ring_correlation, fourier_ring_resolution
 from ..metrics.restoration import score_restoration
 from ..metrics.structures import structure_errors
+from ..data.pairs import PairBatch
 from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
 from .recipes import as_pairs
 from .records import RecordError, describe_bench, join_record, keep_once, score_row, ship_fit
-from .thirty import draw_fields, make_thirty, split_thirty
+from .thirty import draw_fields, half_of, make_thirty, split_thirty
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #7e7adbb5
 ELEMENT_UM = 0.1        # resolution element of the target (linear SIM)
@@ -92,8 +94,9 @@ def list_ways(method: str, kind: str = "held-out") -> dict:
     "The ways a fitted method is used: name -> options of its `restore`; every way of sampling on held-out fields only."
     if not method.startswith("control"):
         return {method: {}}
-    all_ways = kind == "held-out" and method == "control"
-    few = ("4 passes", "4 passes, mean of 4") if kind == "held-out" else ("4 passes",)
+    often = kind not in KINDS[1:]
+    all_ways = often and method == "control"
+    few = ("4 passes", "4 passes, mean of 4") if often else ("4 passes",)
     ways = CONTROL_WAYS if all_ways else {name: CONTROL_WAYS[name] for name in few}
     return {f"{method}, {name}": {"passes": passes, "samples": samples} for name, (passes, samples) in ways.items()}
 
@@ -108,7 +111,7 @@ def score_method(method: str, seed: int, folder, fields: dict) -> list[dict]:
         fitter = pack_round_trip(load_method(method, seed, folder, which), packing(method) | ({"rank": None} if real else {}))
         for kind, batch in fields.items():
             for way, options in list_ways(method, kind).items():
-                scores = score_fields(restore_fields(fitter, batch, **options), batch, full=kind == "held-out" and which == "best")
+                scores = score_fields(restore_fields(fitter, batch, **options), batch, full=which == "best")
                 rows.append(score_row(kind, way, seed, {"best": "ever", "in_time": "in time"}[which], scores))
     return rows
 
@@ -116,6 +119,14 @@ def score_method(method: str, seed: int, folder, fields: dict) -> list[dict]:
 def score_once(job: tuple) -> list[dict]:
     "`score_method`, kept beside the fit and not repeated."
     return keep_once(Path(job[2]) / "scores.json", lambda: score_method(*job))
+
+
+def make_fields(seed: int, n_per_structure: int, dataset: str = "simulated", raw_frames: bool = False) -> dict[str, PairBatch]:
+    "kind -> the fields that judge a draw."
+    if dataset == "simulated":
+        return {kind: draw_fields(kind, n_per_structure, raw_frames=raw_frames) for kind in KINDS}
+    half = half_of(seed)
+    return {f"half {half}": draw_fields("held-out", n_per_structure, dataset=dataset, half=half)}
 
 
 def run_bench(
@@ -134,13 +145,16 @@ def run_bench(
     fit_all(work, tuple(methods or (*LEARNED, *OURS)), seeds, workers, dataset=dataset, **options)
     reports = [json.loads(p.read_text()) for p in sorted(work.glob("*/result.json"))]       # also of earlier calls
     seeds = sorted({r["seed"] for r in reports})
-    fields = {kind: draw_fields(kind, n_per_structure, dataset=dataset) for kind in (KINDS if simulated else KINDS[:1])}
-    rows = [score_row(kind, name, None, "ever", score_fields(method(batch), batch, full=simulated and kind == "held-out"))
-            for name, method in classical_methods(seeds[0], dataset).items() for kind, batch in fields.items()]
+    of = {s: 0 if simulated else half_of(s) for s in seeds}                                 # draw -> which fields judge it
+    fields = {half: make_fields(half, n_per_structure, dataset) for half in sorted(set(of.values()))}
+    rows = [score_row(kind, name, None, "ever", score_fields(method(batch), batch)) for half, some in fields.items()
+            for name, method in classical_methods(min(s for s in seeds if of[s] == half), dataset).items() for kind, batch in some.items()]
     nine = {r["method"] for r in reports if METHODS[r["method"]].frames == 9}
-    frames = {kind: draw_fields(kind, n_per_structure, raw_frames=True) for kind in KINDS} if nine else {}
-    jobs = [(r["method"], r["seed"], str(work / f"{r['method']}-{r['seed']}"), frames if r["method"] in nine else fields) for r in reports]
+    frames = make_fields(0, n_per_structure, raw_frames=True) if nine else {}
+    jobs = [(r["method"], r["seed"], str(work / f"{r['method']}-{r['seed']}"), frames if r["method"] in nine else fields[of[r["seed"]]])
+            for r in reports]
     rows += [row for made in run_jobs(score_once, jobs, workers) for row in made]
+    fields = {kind: batch for some in fields.values() for kind, batch in some.items()}
     made = describe_bench(rows, reports, fields, {METHODS[r["method"]].base for r in reports},
                           seeds=list(seeds), n_per_structure=n_per_structure)
     join_record(out / "bench30" / f"{record}.json", made)
@@ -178,6 +192,19 @@ def open_fitter(name: str):
     fitter.modules.eval().requires_grad_(False)
     fitter.id = weights.id
     return fitter
+
+
+def join_halves(record: dict) -> dict:
+    "A record of real cells as if each pair of draws, 2k and 2k + 1, were one that all cells judge."
+    halves, draw = sorted(record["fields"]), lambda seed: None if seed is None else seed // 2
+    found = {(row["kind"], row["way"], row["which"], draw(row["seed"])): row["scores"] for row in record["rows"]}
+    rows = []
+    for way, which, k in dict.fromkeys(key[1:] for key in found):
+        parts = [found.get((half, way, which, k)) for half in halves]
+        if all(parts):
+            rows.append({"kind": "held-out", "way": way, "seed": k, "which": which,
+                         "scores": {metric: [v for part in parts for v in part[metric]] for metric in parts[0]}})
+    return record | {"rows": rows} | {key: {"held-out": [v for half in halves for v in record[key][half]]} for key in ("fields", "groups")}
 
 
 def table_of(record: dict, kind: str, metric: str, way: str, which: str = "ever", seeds=None) -> np.ndarray:
