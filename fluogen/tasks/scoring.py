@@ -19,7 +19,7 @@ from ..diffusion.packing import pack_state, unpack_state
 from ..diffusion.zoo import load_weights
 from ..metrics.intervals import paired_interval
 from ..metrics.resolution import fourier_ring_correlation, fourier_ring_resolution
-from ..metrics.restoration import score_restoration
+from ..metrics.restoration import fit_linear, score_restoration
 from ..metrics.structures import structure_errors
 from ..data.pairs import PairBatch
 from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
@@ -55,10 +55,15 @@ def restore_fields(fitter, fields, batch: int = 4, **options) -> np.ndarray:
     return torch.cat(out)[:, 0].float().numpy()
 
 
-def score_fields(restored: np.ndarray, fields, full: bool = True) -> list[dict]:
-    "Scores of each field: PSNR, SSIM, MS-SSIM, NRMSE; with `full` also ring cut-off against the truth and structure errors."
+def score_fields(restored: np.ndarray, fields, full: bool = True, affine: bool = False) -> list[dict]:
+    """Scores of each field: PSNR, SSIM, MS-SSIM, NRMSE; with `full` also ring cut-off against the truth and structure errors.
+
+    `affine`: gain and offset of each image are fitted to the truth first, for truths that were stretched for display."""
     rows = []
     for image, target, pixel_um in zip(restored, fields.target[:, 0].numpy(), fields.pixel_um):
+        if affine:
+            gain, offset = fit_linear(target, image)
+            image = gain * image + offset
         row = score_restoration(target, image, data_range=1.0)
         if full:
             row["cutoff_per_um"] = fourier_ring_correlation(image, target, pixel_um=pixel_um).cutoff_per_um
