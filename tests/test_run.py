@@ -119,6 +119,19 @@ def test_everything_in_one_call(home):
     assert record(run)["weights"] == ["nano@abc"] and record(run)["status"] == "running" and card.claims[0].holds
 
 
+def test_a_failed_run_says_whose_picture_lies_there(home):
+    first, options = begin(), dict(figure=Figure((1, 1)), dataset="simulated", conventions={}, rows=[ROW], claims=[])
+    assert record(first)["results"] is None
+    save_results(first, **options)
+    first.finish()
+    second = begin()
+    second.facts["started"] = "later"
+    second.fail("no luck")
+    assert record(second)["status"] == "failed" and record(second)["results"]["started"] == first.facts["started"]
+    save_results(second, **options)
+    assert record(second)["results"]["started"] == "later"
+
+
 def test_where_results_go(home, tmp_path, monkeypatch):
     assert figures_folder() == home
     monkeypatch.delenv("FLUOGEN_FIGURES")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'ROW', 'repository', 'figures_folder', 'describe_machine', 'read_commit', 'peak_memory_mb', 'write_text',
-           'RunRecord', 'open_run', 'write_metrics', 'save_results']
+           'RunRecord', 'read_results', 'open_run', 'write_metrics', 'save_results']
 
 # %% ../../nbs/lib/report/30_run.ipynb #931ad04f
 import atexit
@@ -106,6 +106,7 @@ class RunRecord:
     failures: list = field(default_factory=list)    # {"stage", "error"}
     status: str = "running"                         # running, failed, complete
     current: str | None = None                      # the stage under way
+    results: dict | None = None                     # start and commit of the run whose picture and numbers lie in `folder`; None: unknown
 
     def __str__(self):
         versions = " ".join(f"{name} {self.facts['versions'][name]}" for name in ("fluogen", "torch"))
@@ -119,7 +120,8 @@ class RunRecord:
                   "stage": self.current, "parameters": self.parameters, "seed": self.parameters.get("seed"),
                   "device": str(self.device), **self.facts,
                   "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
-                  "peak_memory_mb": peak_memory_mb(), "weights": self.weights, "failures": self.failures}
+                  "peak_memory_mb": peak_memory_mb(), "weights": self.weights, "failures": self.failures,
+                  "results": self.results}
         text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
         write_text(self.folder / "run.json", text + "\n")
 
@@ -152,6 +154,14 @@ class RunRecord:
         self.write()
 
 # %% ../../nbs/lib/report/30_run.ipynb #42db735e
+def read_results(folder: Path) -> dict | None:
+    "Which run made the picture and the numbers of a folder, as its run.json says; None where it does not."
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("results")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def open_run(
     figure: str,            # the notebook's stem: "fig4_sr"
     profile: str,           # one of PROFILES
@@ -168,7 +178,7 @@ def open_run(
     facts = {"command": f"papermill nbs/{figure}.ipynb runs/{figure}.ipynb {said}",
              "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **describe_machine()}
     folder = figures_folder(checked.get("dataset", "simulated")) / figure / checked["profile"]
-    run = RunRecord(figure, checked["profile"], checked, folder, device, facts)
+    run = RunRecord(figure, checked["profile"], checked, folder, device, facts, results=read_results(folder))
     run.write()
     _watch(run)
     return run
@@ -227,6 +237,6 @@ def save_results(
     save_picture(figure, run.folder / "figure.png")
     write_metrics(run, dataset, conventions, rows)
     write_claims(run.folder / "claims.json", claims)
-    run.weights = [*weights]
+    run.weights, run.results = [*weights], {key: run.facts.get(key) for key in ("started", "commit")}
     run.write()
     return ClaimCard(claims)
