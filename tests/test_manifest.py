@@ -54,7 +54,7 @@ def test_a_wrong_row_is_named_by_file_line_and_key(tmp_path, row, key, says):
 
 @pytest.mark.parametrize("line, says", [
     ("{", "not JSON"), ("[1]", "not a record"), ('"text"', "not a record"), ("null", "not a record"),
-    ('{"image": "a", "text": "", "pixel_um": NaN}', "NaN is no number"), ("[" * 100000, "not JSON"),
+    ('{"image": "a", "text": "", "pixel_um": NaN}', "NaN is no number"), ('{"image": "a", "text": "", "image": "b"}', "'image' is given twice"), ("[" * 100000, "not JSON"),
 ])
 def test_a_line_that_is_no_record(tmp_path, line, says):
     path = write(tmp_path / "m.jsonl", GOOD, line)

@@ -174,7 +174,8 @@ def test_files_that_no_rule_covers(tmp_path):
     ({"images": "*", "fields": [{"by": "regex", "pattern": "(", "name": "a", "value": "b"}]},
      "not a regular expression"),
     ({"images": "*", "fields": [{"by": "constant", "name": "a", "value": "b", "optinal": True}]}, "optinal"),
-    ({"images": "/*.tif"}, "not a pattern"), ({"images": "*.nope"}, "no file fits"),
+    ({"images": "/*.tif"}, "not a pattern"), ({"images": 5}, "not a pattern"), ({"images": "../*"}, "not a pattern"),
+    ({"images": "*.nope"}, "no file fits"),
 ])
 def test_rules_that_cannot_be_meant(tmp_path, rules, says):
     tree(tmp_path, "a.tif")

@@ -40,7 +40,7 @@ def iter_rows(
                 return
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text, parse_constant=_refuse) if text else None
+                row = json.loads(text, parse_constant=_refuse, object_pairs_hook=_each_key_once) if text else None
                 if text:
                     yield where, row if isinstance(row, dict) else ManifestError(
                         "not a record", where=where, found=text[:40], expected='{"image": …, "text": …}')
@@ -54,6 +54,14 @@ def iter_rows(
 
 def _refuse(name):
     raise ValueError(f"{name} is no number in JSON")
+
+
+def _each_key_once(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} is given twice")
+    return row
 
 
 def find_manifest(path: str | Path) -> Path:

@@ -35,7 +35,10 @@ def list_files(
     globs: str | list,      # "**/*.tif"
 ) -> list[str]:             # relative paths; field 2 before field 10
     "Files (and OME-Zarr folders) that fit; hidden ones are left out."
+    inside = all(isinstance(glob, str) and ".." not in Path(glob).parts for glob in as_list(globs))
     try:
+        if not inside:
+            raise ValueError
         found = {path.relative_to(root).as_posix() for glob in as_list(globs) for path in root.glob(glob)
                  if (path.is_file() or path.suffix == ".zarr") and not path.name.startswith(".")}
     except (ValueError, NotImplementedError):

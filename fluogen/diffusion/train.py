@@ -104,13 +104,14 @@ def show_progress(t: Training, began: float, deadline: float, last: bool = False
     if not (t.main and t.verbose) or (now - t.last_shown < (0.5 if live else 30) and not last):
         return
     rate = (p.step - t.first_step) / max(1e-9, now - began)
-    left = min((t.config.steps - p.step) / max(1e-9, rate), deadline - now)
+    left = min((t.config.steps - p.step) / rate if rate else float("inf"), deadline - now)
+    atmost = "at most " if t.config.patience else ""                         # it may stop sooner
+    speed = f"  {rate:.2f} steps/s  {atmost}{max(0, left) / 60:.1f} min left" if rate and not last else f"  {rate:.2f} steps/s" if rate else ""
     loss = f"loss {p.curve[-1]['loss']:.4g}" if p.curve else "loss …"
     unit = " dB" if (p.best_value or 0) < 0 else ""                          # minus a PSNR
     best = f"  best {abs(p.best_value):.4g}{unit} at {p.best_step}" if p.best_value is not None else ""
-    line = f"{loss}{best}  {rate:.2f} steps/s  {max(0, left) / 60:.1f} min left"
     start, end = ("\r", "\033[K") if live and not last else ("", "\n")
-    print(f"{start}step {p.step}/{t.config.steps}  {line}", end=end, file=sys.stderr, flush=True)
+    print(f"{start}step {p.step}/{t.config.steps}  {loss}{best}{speed}", end=end, file=sys.stderr, flush=True)
     t.last_shown = now
 
 # %% ../../nbs/lib/diffusion/70_train.ipynb #0d672e85

@@ -236,7 +236,14 @@ def describe(folder: str | Path) -> str:
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #7ab012c2
 if __name__ == "__main__" and "ipykernel" not in sys.modules:      # not in this notebook
+    usage = "usage: python -m fluogen.diffusion.zoo FOLDER        (one of our sets, or a checkpoint in the original's format)"
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(usage)
+        sys.exit()
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(usage, file=sys.stderr)
+        sys.exit(2)
     try:
-        print(describe(sys.argv[1]) if len(sys.argv) == 2 else "usage: python -m fluogen.diffusion.zoo FOLDER")
+        print(describe(sys.argv[1]))
     except FluogenError as error:
         sys.exit(f"fluogen: {error}")
