@@ -147,7 +147,7 @@ def add_finetune(commands):
     add("--task", default="sr", choices=FINETUNE_TASKS, help="what the pairs are: sr (target twice the input), denoise "
         "(noisy and clean, of equal size) or mask2image (image, and as conditioning_image a mask: background 0, every object a number)")
     add("--profile", default="laptop", choices=("laptop", "gpu"), help="laptop (default), or gpu: more and larger crops a step, "
-        "up to 2,000 steps; needs an NVIDIA GPU")
+        "up to 4,000 steps; needs an NVIDIA GPU")
     add("--samples", action="store_true", help="tune the model of restore --samples, which draws images (sr only; mask2image always does)")
     add("--free", default="all", help="which weights may change: all (default), norms, low-rank or anchored")
     add("--model", help="weights to begin with, instead of those of the task")

@@ -44,7 +44,7 @@ from .settings import load_for_task
 TUNING = {"norms": {"lr": 1e-3}, "low-rank": {"lr": 1e-3, "blend": 1.0}}         # where few weights move, they move faster
 TILE_PX = 128           # largest side of a tile, target grid
 MAX_VALIDATION = 32     # tiles that stop the training
-PROFILES = {"laptop": {}, "gpu": {"batch": 32, "crop_px": 128, "steps": 2000}}     # what differs from `TUNE_CONFIG`
+PROFILES = {"laptop": {}, "gpu": {"batch": 32, "crop_px": 128, "steps": 4000}}     # what differs from `TUNE_CONFIG`
 
 
 class OwnPairsError(FluogenError):
