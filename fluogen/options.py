@@ -12,7 +12,7 @@ import math
 
 # %% ../nbs/lib/88_options.ipynb #4ac0be18
 RECIPES = ("nano", "nano-generate", "nano-sr-direct", "nano-sr", "nano-sr-simulated", "heads", "bench30", "nano-denoise",
-           "bench-denoise", "bench-pairs", "encoder", "score-prior", "brightness")
+           "nano-denoise-samples", "bench-denoise", "bench-pairs", "encoder", "score-prior", "brightness")
 FINETUNE_TASKS = ("sr", "denoise", "mask2image")
 
 # %% ../nbs/lib/88_options.ipynb #598176f7
@@ -148,7 +148,7 @@ def add_finetune(commands):
         "(noisy and clean, of equal size) or mask2image (image, and as conditioning_image a mask: background 0, every object a number)")
     add("--profile", default="laptop", choices=("laptop", "gpu"), help="laptop (default), or gpu: more and larger crops a step, "
         "up to 4,000 steps; needs an NVIDIA GPU")
-    add("--samples", action="store_true", help="tune the model of restore --samples, which draws images (sr only; mask2image always does)")
+    add("--samples", action="store_true", help="tune the model of restore --samples, which draws images (mask2image always does)")
     add("--free", default="all", help="which weights may change: all (default), norms, low-rank or anchored")
     add("--model", help="weights to begin with, instead of those of the task")
     add("--minutes", type=read_minutes, help="time box of this call (default: until it stops by itself)")

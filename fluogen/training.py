@@ -36,7 +36,8 @@ def compare_restorers(args, out: Path, work: Path) -> Path:
     from fluogen.tasks.scoring import run_bench
     simulated = args.dataset == "simulated"
     here = dict(record="scores", n_per_structure=4) if simulated else dict(record="real", n_per_structure=25)
-    return run_bench(out, work if simulated else work / "real", seeds=args.seeds or range(3 if simulated else 6), methods=args.methods, seconds=args.seconds,
+    seeds = args.seeds or range(3 if simulated else 6)
+    return run_bench(out, work if simulated else work / "real", seeds=seeds, methods=args.methods, seconds=args.seconds,
                      workers=args.workers, dataset=args.dataset, **here)
 
 
@@ -69,9 +70,10 @@ def run_train(args) -> int:
         from fluogen.tasks.prior import train_prior
         made = train_prior(out / PRIORS[args.recipe][0], work, start=args.start or PRIORS[args.recipe][1], recipe=args.recipe,
                            real=args.real, **one)
-    elif args.recipe == "nano-denoise":
+    elif args.recipe.startswith("nano-denoise"):
         from fluogen.tasks.denoise import train_denoise
-        made = train_denoise(out / args.recipe, work, base=args.base or "fluogen-nano", start=args.start, **one)
+        made = train_denoise(out / args.recipe, work, base=args.base, start=args.start,
+                             adaptation="control" if args.recipe.endswith("samples") else "direct", **one)
     elif args.recipe == "heads":
         from fluogen.tasks.heads import MODELS, train_heads
         for made in train_heads(out, work, models=args.models or MODELS, steps=args.steps, say=say, **common):
@@ -91,5 +93,7 @@ def run_train(args) -> int:
                         base=args.base or "fluogen-nano", generative=args.recipe != "nano-sr-simulated", **one)
     print(made, flush=True)
     use = 'generate "ER of COS-7"' if args.recipe in PRIORS else "restore IN OUT"
-    say(f"look at card.md in that folder; to use these weights: fluogen {use} --model {made}")
+    use += " --task denoise" if args.recipe.startswith("nano-denoise") else ""
+    samples = " --samples 4" if args.recipe in ("nano-sr", "nano-denoise-samples") else ""
+    say(f"look at card.md in that folder; to use these weights: fluogen {use}{samples} --model {made}")
     return 0

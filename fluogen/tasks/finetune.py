@@ -128,13 +128,17 @@ class NetworkFitter:
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #292d9823
 class ControlFitter:
     "A branch that reads the measurement, new or the weights' own; the backbone frozen (as in the paper) or tuned with it."
-    def __init__(self, weights, frozen: bool = False, config: ControlConfig | None = None, passes: int = 4, prompt_dropout: float = 0.0):
+    def __init__(self, weights, frozen: bool = False, config: ControlConfig | None = None, passes: int = 4, prompt_dropout: float = 0.0,
+                 light: bool = False):                  # light: what is restored has no upper end
         import copy
         self.name, self.schedule, self.frozen, self.passes = "control-frozen" if frozen else "control", weights.schedule, frozen, passes
-        self.prompt_dropout = prompt_dropout
+        self.prompt_dropout, self.top = prompt_dropout, None if light else 1
         backbone = copy.deepcopy(weights.backbone).requires_grad_(not frozen)
-        control = (copy.deepcopy(weights.control) if "control" in weights.modules and config is None
+        own = weights.control if "control" in weights.modules else None
+        control = (copy.deepcopy(own) if own is not None and config is None
                    else ControlBranch.from_backbone(backbone, config or ControlConfig.from_backbone(backbone.config))).requires_grad_(True)
+        if own is not None and config is not None:      # another measurement: only what reads it begins anew
+            control.load_state_dict(own.state_dict() | {f"condition.{k}": v for k, v in control.condition.state_dict().items()})
         self.modules = nn.ModuleDict({"backbone": backbone, "control": control,
                                       "prompts": copy.deepcopy(weights.prompts).requires_grad_(not frozen)})
 
@@ -150,7 +154,7 @@ class ControlFitter:
 
     @torch.no_grad()
     def restore(self, modules, condition, prompts, passes=None, samples: int = 1, seed: int = 0) -> torch.Tensor:
-        "Mean of `samples` DDIM samples, unit range, (B,1,H,W); noise keyed by the content of each measurement."
+        "Mean of `samples` DDIM samples, (B,1,H,W), unit range or light; noise keyed by the content of each measurement."
         states, scale = modules["prompts"](prompts), modules["control"].config.scale
         B, _, h, w = condition.shape
         keys = [hash_array(c.cpu().numpy()) for c in condition]
@@ -165,7 +169,7 @@ class ControlFitter:
 
             mean += to_unit(sample_ddim(predict, start.to(condition.device), self.schedule,
                                         trailing_grid(self.schedule, passes or self.passes)))
-        return (mean / samples).clamp(0, 1)
+        return (mean / samples).clamp(0, self.top)
 
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #5c079545
 @dataclass(frozen=True)

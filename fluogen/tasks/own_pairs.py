@@ -257,13 +257,14 @@ def adapt(
     if weights.config.get("task") != task:
         raise OwnPairsError("weights of another task", where=base, found=weights.config.get("task"), expected=task)
     base, records = base or weights.name, load_dataset(source)
-    fitter = restrict(ControlFitter(weights) if samples else DirectFitter(weights, weights.direct), free)
+    light = weights.config["norm"] == STABLE
+    fitter = restrict(ControlFitter(weights, light=light) if samples else DirectFitter(weights, weights.direct), free)
     pairs, notes = read_pairs(source, weights.config["scale"], weights.config["norm"])
     training, held = set_aside(source, pairs, notes, fitter, config, seed, say)
-    if camera := find_camera(records) if weights.config["norm"] == STABLE else None:
+    if camera := find_camera(records) if light else None:
         say(f"single images do not show their noise here; the pairs do: --camera {','.join(map(str, camera))}, kept with the model")
     held_there = held.to(next(fitter.modules.parameters()).device)
-    plain = noisy_light(held.condition) if weights.config["norm"] == STABLE else upsample(held.condition, held.scale).clamp(0, 1)
+    plain = noisy_light(held.condition) if light else upsample(held.condition, held.scale).clamp(0, 1)
     enlarged = (plain - held.target).square().mean((1, 2, 3)).clamp_min(1e-10)
     before = validation_psnr(fitter, fitter.modules, held_there)
     say(f"{before:.2f} dB on what is set aside before the first step")

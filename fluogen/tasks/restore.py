@@ -103,13 +103,13 @@ def restore_unit(
     check_weights(weights, settings)
     scale, (H, W) = weights.config["scale"], unit.shape[-2:]
     passes = PlanePasses(unit, weights, settings, side or TileSide(settings.tile_px), callback)
+    top = None if weights.config.get("norm") == STABLE else 1                       # light has no upper end
     if settings.samples == 0:
-        top = None if weights.direct.matched else 1                                 # light has no upper end
         return to_unit(passes.predict_mean())[0, 0, :scale * H, :scale * W].clamp(0, top)
     mean = torch.zeros(scale * H, scale * W)
     for sample in walk_chains(passes, settings, key):
         mean += sample[:scale * H, :scale * W]
-    return (mean / settings.samples).clamp(0, 1)
+    return (mean / settings.samples).clamp(0, top)
 
 
 def walk_chains(

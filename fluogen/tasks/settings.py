@@ -56,6 +56,7 @@ class RestoreSettings:
 
 # %% ../../nbs/lib/tasks/08_settings.ipynb #01ddb8c0
 TASK_WEIGHTS = {("sr", False): "nano-sr-direct", ("sr", True): "nano-sr", ("denoise", False): "nano-denoise",
+                ("denoise", True): "nano-denoise-samples",
                 ("mask2image", True): None}         # None: nobody's but one's own
 
 
@@ -70,11 +71,9 @@ def load_for_task(
     if task not in tasks:
         raise RestoreError("no such task", where="task", found=task, expected=", ".join(tasks))
     name = model or TASK_WEIGHTS.get((task, samples > 0))
-    if name is None and task == "mask2image":
+    if name is None:
         raise RestoreError("no weights ship for this task", where="task", found=task,
                            hint="Make your own: fluogen finetune MANIFEST --task mask2image --name NAME; then say --model NAME.")
-    if name is None:
-        raise RestoreError("no weights that draw samples for this task", where="samples", found=f"task {task}", hint="Leave samples out.")
     try:
         return load_weights(name, device)
     except ZooError as error:
@@ -104,7 +103,7 @@ def check_weights(weights: Weights, settings: RestoreSettings) -> None:
            hint="Ask for samples=4 (--samples 4).")
     refuse(settings.samples > 0 and "control" not in have, "these weights give a mean, not samples",
            hint="Leave samples out.")
-    channels = weights.control.config.condition_channels if settings.samples else 1
+    channels = weights.control.config.condition_channels if settings.samples and config.get("norm") != STABLE else 1
     refuse(channels != 1 and not masks, "these weights need several raw frames, not one image", found=f"{channels} frames")
     check_prompt(weights.prompts, settings.prompt)
 
