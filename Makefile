@@ -78,6 +78,7 @@ weights: $(STAMP)
 	@echo '  .venv/bin/fluogen train nano-sr-direct           super-resolution in one pass'
 	@echo '  .venv/bin/fluogen train nano-sr                  super-resolution by the control branch: samples'
 	@echo '  .venv/bin/fluogen train nano-denoise             denoising, every exposure'
+	@echo '  .venv/bin/fluogen train nano-denoise-samples     denoising by the control branch: samples'
 	@echo '  .venv/bin/fluogen train heads                    intervals of super-resolution and denoising, calibrated (figure 9)'
 	@echo '  .venv/bin/fluogen train encoder                  features in which pictures are graded (figure 3)'
 	@echo '  .venv/bin/fluogen train score-prior              what the prior draws, graded (figure 3)'

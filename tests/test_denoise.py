@@ -14,6 +14,7 @@ from fluogen.data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow,
 from fluogen.data.pairs import simulate_clean
 from fluogen.data.stabilise import lighten, show_noisy
 from fluogen.diffusion.backbone import Backbone
+from fluogen.diffusion.control import ControlBranch, ControlConfig
 from fluogen.diffusion.direct import DirectConfig, direct_loss, match_time, restore_direct
 from fluogen.diffusion.prompts import WordEncoder
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
@@ -23,6 +24,7 @@ from fluogen.tasks.bench30 import TUNE_CONFIG
 from fluogen.tasks.denoisers import hide_pixels
 from fluogen.tasks.noisy_pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.tasks.own_pairs import adapt, read_pairs
+from fluogen.tasks.restore import RestoreError, RestoreSettings, restore_image
 from fluogen.tasks.scenes import Rounds
 from toys import PROMPTS, TINY, shake
 
@@ -34,6 +36,18 @@ def save_denoiser(folder, seed=0):
     modules = {"backbone": shake(Backbone(TINY), seed, 0.1), "prompts": shake(WordEncoder(PROMPTS, TINY.prompt_width), seed)}
     config = {"task": "denoise", "scale": 1, "norm": "stabilise", "adaptation": "direct", "schedule": asdict(ScheduleConfig()),
               "direct": asdict(denoise.DENOISE), "modules": {"backbone": TINY.to_dict(), "prompts": modules["prompts"].config}}
+    return save_weights(folder, {k: m.state_dict() for k, m in modules.items()}, config, dict.fromkeys(CARD_KEYS, "a test"), "fp32")
+
+
+def save_sampler(folder, channels=3, seed=0):
+    "Weights on disk with a control branch, small and random; of three channels for noisy images, of one for super-resolution."
+    backbone = shake(Backbone(TINY), seed, 0.1)
+    control = shake(ControlBranch.from_backbone(backbone, ControlConfig.from_backbone(
+        TINY, condition_channels=channels, scale=1 if channels == 3 else 2, widths=(8,))), seed, 0.1)
+    modules = {"backbone": backbone, "control": control, "prompts": shake(WordEncoder(PROMPTS, TINY.prompt_width), seed)}
+    task = {"task": "denoise", "scale": 1, "norm": "stabilise"} if channels == 3 else {"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9"}
+    config = task | {"adaptation": "control", "schedule": asdict(ScheduleConfig()), "direct": None,
+                     "modules": {"backbone": TINY.to_dict(), "control": control.config.to_dict(), "prompts": modules["prompts"].config}}
     return save_weights(folder, {k: m.state_dict() for k, m in modules.items()}, config, dict.fromkeys(CARD_KEYS, "a test"), "fp32")
 
 
@@ -117,6 +131,35 @@ def test_the_recipe_stops_and_goes_on(tmp_path, monkeypatch):
     assert "photons 1.5 to 4" in (made / "card.md").read_text() and weights.config["base"]["name"] == "base"
     before = weights.config["sha256"]
     assert load_weights(str(denoise.train_denoise(tmp_path / "nano-denoise", tmp_path / "work", **options))).config["sha256"] == before
+
+
+def test_the_recipe_of_samples_keeps_all_but_the_reading(tmp_path, monkeypatch):
+    save_sampler(tmp_path / "sr", channels=1)
+    monkeypatch.setattr(denoise, "score_denoise", lambda fitter, modules, **options: {"PSNR (dB), 5 photons": 1.0})
+    monkeypatch.setattr(denoise, "Rounds", lambda simulate, seed, n, device: Rounds(simulate, seed, n=4, device=device))
+    fitter, given = denoise.add_branch(load_weights(str(tmp_path / "sr"))), load_weights(str(tmp_path / "sr"))
+    assert torch.equal(fitter.modules["control"].zero_mid.weight, given.control.zero_mid.weight) and fitter.top is None
+    assert fitter.modules["control"].config.condition_channels == 3 and not fitter.modules["control"].condition.last.weight.any()
+    made = denoise.train_denoise(tmp_path / "samples", tmp_path / "work", base=str(tmp_path / "sr"), steps=1, crops=2, device="cpu",
+                                 adaptation="control")
+    weights = load_weights(str(made))
+    assert weights.direct is None and weights.config["norm"] == "stabilise" and not weights.config.get("base")
+    assert denoise.add_branch(weights).modules["control"].condition.last.weight.any()          # its own branch goes on whole
+
+
+def test_noisy_images_are_restored_by_samples(tmp_path):
+    save_sampler(tmp_path / "toy")
+    manifest, weights = noisy_files(tmp_path, 5), load_weights(str(tmp_path / "toy"))
+    image = read_image(tmp_path / "noisy0.tif")
+    one, two = (restore_image(image, weights, RestoreSettings(samples=2, passes=2, seed=seed)) for seed in (0, 1))
+    assert one.array.shape == image.array.shape and np.isfinite(one.array).all() and not np.array_equal(one.array, two.array)
+    with pytest.raises(RestoreError, match="not a mean"):
+        restore_image(image, weights)
+    made = adapt(manifest, "mine", base=str(tmp_path / "toy"), samples=True, task="denoise", work=tmp_path / "work", out=tmp_path, config=SHORT,
+                 device="cpu", say=lambda line: None, progress=False)
+    assert np.isfinite(made.after) and "control" in load_weights(str(tmp_path / "mine")).modules
+    assert main(["restore", str(tmp_path / "noisy0.tif"), str(tmp_path / "out.tif"), "--model", str(tmp_path / "mine"), "--samples", "1",
+                 "--passes", "1"]) == 0
 
 
 def test_a_noisy_image_is_restored_from_the_shell(tmp_path, capsys):
