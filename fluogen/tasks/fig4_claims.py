@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'OURS_WAYS', 'CREDIT', 'FIELDS', 'OTHERS', 'best_of_ours', 'list_comparisons', 'claim_difference',
-           'claim_real', 'figure_claims', 'format_credit', 'check_record', 'tell']
+           'claim_real', 'figure_claims', 'format_credit', 'format_elsewhere', 'check_record', 'tell']
 
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #f514e16b
 import numpy as np
 
 from .bench30 import LEARNED, tell_ends
-from .fig4 import DISPLAY
+from .fig4 import DISPLAY, METRICS
 from .records import RecordError, read_record
-from .scoring import best_baseline, compare, join_halves, table_of
+from .scoring import LOWER, best_baseline, compare, join_halves, table_of
 
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #d251ea01
 CLAIMS = {      # id -> sentence, what it must reach
@@ -122,6 +122,27 @@ def format_credit(record: dict) -> str:
             cells.append(f"{max(values):11.2f} dB" if values else f"{'not measured':>14}")
         lines.append(f"{way:<25}{has[0]:>7}{has[1]:>11}{has[2]:>11}" + "".join(cells))
     return "\n".join(lines)
+
+
+def format_elsewhere(record: dict) -> str:
+    "Every score on the fields that are not like the thirty pairs, mean over draws and fields; best of each column marked with *."
+    lines, ways = [], (*OTHERS[:5], "scratch", "untuned", "direct", "control, 4 passes")
+    for kind in [kind for kind in FIELDS if kind != "held-out"]:
+        value = {}
+        for way in ways:
+            for metric in METRICS:
+                try:
+                    value[way, metric] = table_of(record, kind, metric, way).mean()
+                except RecordError:
+                    continue
+        columns = [metric for metric in METRICS if any(name == metric for _, name in value)]
+        best = {m: (min if m in LOWER else max)(v for (_, name), v in value.items() if name == m) for m in columns}
+        lines.append(f"{FIELDS[kind]:<19}" + "".join(f"{METRICS[m]:>14}" for m in columns))
+        for way in [way for way in ways if any(name == way for name, _ in value)]:
+            cells = [f"{value[way, m]:13.3f}{'*' if value[way, m] == best[m] else ' '}" if (way, m) in value else f"{'':14}" for m in columns]
+            lines.append(f"{way:<19}" + "".join(cells))
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def check_record(record: dict, scores: dict, steps: int) -> float:
