@@ -272,7 +272,7 @@ def test_doctor(run, monkeypatch, tmp_path):
     code, out, err = run("doctor")
     assert code == 1 and "nano-sr-direct absent   → fluogen train nano-sr-direct" in out
     assert "hash differs" in out
-    assert out.splitlines()[-1].startswith("in short") and "5 missing" in out
+    assert out.splitlines()[-1].startswith("in short") and "6 missing" in out
 
 
 def test_doctor_without_torch(run, monkeypatch):

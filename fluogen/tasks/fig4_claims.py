@@ -139,8 +139,8 @@ def format_elsewhere(record: dict) -> str:
         best = {m: (min if m in LOWER else max)(v for (_, name), v in value.items() if name == m) for m in columns}
         lines.append(f"{FIELDS[kind]:<19}" + "".join(f"{METRICS[m]:>14}" for m in columns))
         for way in [way for way in ways if any(name == way for name, _ in value)]:
-            cells = [f"{value[way, m]:13.3f}{'*' if value[way, m] == best[m] else ' '}" if (way, m) in value else f"{'':14}" for m in columns]
-            lines.append(f"{way:<19}" + "".join(cells))
+            cells = ((m, value.get((way, m))) for m in columns)
+            lines.append(f"{way:<19}" + "".join(f"{'':14}" if v is None else f"{v:13.3f}{'*' if v == best[m] else ' '}" for m, v in cells))
         lines.append("")
     return "\n".join(lines).rstrip()
 

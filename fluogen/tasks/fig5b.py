@@ -116,8 +116,8 @@ def figure_claims(record: dict | None) -> list[dict]:
     for name, claim, first, second, threshold in (
             ("thirty_over_care", "with 30 pairs and a minute a fit FluoGen is above CARE", ("fluogen", 30), ("care", 30), better),
             ("thirty_over_scratch", "... and above the same network from scratch", ("fluogen", 30), ("scratch", 30), better),
-            ("thirty_over_long_care", "without the minute's limit FluoGen is above CARE with 30 pairs", ("fluogen-long", 30), ("care-long", 30),
-             better),
+            ("thirty_over_long_care", "without the minute's limit FluoGen is above CARE with 30 pairs", ("fluogen-long", 30),
+             ("care-long", 30), better),
             ("thirty_over_long_scratch", "... and above the same network from scratch", ("fluogen-long", 30), ("scratch-long", 30), better),
             ("many_over_long_scratch", "... and not below it with 300 pairs", ("fluogen-long", 300), ("scratch-long", 300),
              dict(at_least=0.0)),
