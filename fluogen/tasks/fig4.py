@@ -33,7 +33,7 @@ CONVENTIONS = {"normalisation": "each image by its own percentiles (input 0.1 an
                "ssim": restoration.CONVENTIONS["ssim"], "ms_ssim": restoration.CONVENTIONS["ms_ssim"],
                "cut-off": "Fourier ring correlation with the truth, threshold 1/2",
                "own resolution": "Fourier ring correlation of a binomial split, 500 counts a unit, threshold 1/7",
-               "structure": "resolution elements of 0.1 um, tolerance one element"}
+               "structure": "resolution elements of 0.1 um, or two pixels where they are larger; tolerance one element"}
 
 STRETCHED = {"alignment": "gain and offset of every image fitted to the truth before scoring"}       # real pairs
 

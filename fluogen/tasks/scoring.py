@@ -30,7 +30,7 @@ from .records import RecordError, describe_bench, join_record, keep_once, score_
 from .thirty import draw_fields, half_of, make_thirty, split_thirty
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #7e7adbb5
-ELEMENT_UM = 0.1        # resolution element of the target (linear SIM)
+ELEMENT_UM = 0.1        # resolution element of the target (linear SIM); two pixels, where they are larger
 COUNTS_PER_UNIT = 500   # photons that the binomial split pretends white to be; one value for every method
 
 
@@ -69,7 +69,7 @@ def score_fields(restored: np.ndarray, fields, full: bool = True, affine: bool =
             row["cutoff_per_um"] = fourier_ring_correlation(image, target, pixel_um=pixel_um).cutoff_per_um
             own = fourier_ring_resolution(image, pixel_um=pixel_um, split="binomial", counts_per_unit=COUNTS_PER_UNIT)
             row["resolution_um"] = min(own, image.shape[-1] * pixel_um)                # an empty field has none
-            errors = structure_errors(target, image, 1.0, pixel_um=pixel_um, element_um=ELEMENT_UM)
+            errors = structure_errors(target, image, 1.0, pixel_um=pixel_um, element_um=max(ELEMENT_UM, 2 * pixel_um))
             row |= {"invented": errors.invented, "missed": errors.missed}
         rows.append({k: round(float(v), 5) for k, v in row.items()})
     return rows
