@@ -184,6 +184,15 @@ def test_a_real_cell_is_in_one_set_only(clean_cells):
     assert not torch.equal(thirty.make_thirty(1, 12, clean_cells).target, thirty.make_thirty(3, 12, clean_cells).target)
 
 
+@pytest.mark.parametrize("kind", scoring.KINDS)
+def test_every_kind_of_field_has_every_score(kind):
+    fields = thirty.draw_fields(kind, 1, size_px=192)
+    rows = scoring.score_fields(fields.target[:, 0].numpy() * 0.9, fields)
+    assert all(set(row) == set(fig4.METRICS) and all(np.isfinite(list(row.values()))) for row in rows)
+    stretched = scoring.score_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
+    assert min(row["psnr"] for row in stretched) > 90
+
+
 def test_two_draws_of_real_cells_are_one_table_of_all_cells():
     def row(way, half, seed, values):
         return {"kind": f"half {half}", "way": way, "which": "ever", "seed": seed, "scores": {"psnr": values}}
