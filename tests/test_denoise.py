@@ -22,6 +22,7 @@ from fluogen.diffusion.zoo import CARD_KEYS, load_weights, save_weights
 from fluogen.tasks import denoise
 from fluogen.tasks.bench30 import TUNE_CONFIG
 from fluogen.tasks.denoisers import hide_pixels
+from fluogen.tasks.finetune import ControlFitter
 from fluogen.tasks.noisy_pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.tasks.own_pairs import adapt, read_pairs
 from fluogen.tasks.restore import RestoreError, RestoreSettings, restore_image
@@ -145,6 +146,16 @@ def test_the_recipe_of_samples_keeps_all_but_the_reading(tmp_path, monkeypatch):
     weights = load_weights(str(made))
     assert weights.direct is None and weights.config["norm"] == "stabilise" and not weights.config.get("base")
     assert denoise.add_branch(weights).modules["control"].condition.last.weight.any()          # its own branch goes on whole
+
+
+def test_light_of_a_sample_has_no_upper_end(tmp_path):
+    save_sampler(tmp_path / "toy")
+    condition, highest = torch.rand(1, 3, 32, 32), {}
+    for light in (True, False):
+        fitter = ControlFitter(load_weights(str(tmp_path / "toy")), light=light)
+        list(fitter.modules["backbone"].parameters())[-1].data.fill_(-3)                        # of the last layer: far above white
+        highest[light] = float(fitter.restore(fitter.modules, condition, [""], passes=2).max())
+    assert highest[True] > 1 and highest[False] == 1
 
 
 def test_noisy_images_are_restored_by_samples(tmp_path):

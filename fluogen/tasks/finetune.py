@@ -168,7 +168,7 @@ class ControlFitter:
                 return modules["backbone"](x, t, states, residuals=residuals)
 
             mean += to_unit(sample_ddim(predict, start.to(condition.device), self.schedule,
-                                        trailing_grid(self.schedule, passes or self.passes)))
+                                        trailing_grid(self.schedule, passes or self.passes), clip=self.top))
         return (mean / samples).clamp(0, self.top)
 
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #5c079545

@@ -124,6 +124,7 @@ def walk_chains(
     for sample in range(settings.samples):
         field = NoiseField(settings.seed, f"{key}/{sample}", shape)
         extra = {"draw": field.draw} if settings.sampler == "ddpm" else {}
+        extra |= {"clip": None} if passes.weights.config.get("norm") == STABLE else {}          # light has no upper end
         yield to_unit(SAMPLERS[settings.sampler](predict or passes.predict, field.draw(), passes.weights.schedule, grid, **extra))[0, 0]
 
 # %% ../../nbs/lib/tasks/10_restore.ipynb #abf54485
