@@ -45,7 +45,7 @@ LONG = tuple(f"{name}-long" for name in ("fluogen", "scratch", "care"))
 METHODS |= {name: replace(METHODS[short], config=replace(METHODS[short].config, steps=6000, blend=None if short == "fluogen" else 1.0))
             for name in LONG for short in [name.removesuffix("-long")]}
 TUNINGS = ("norms", "low-rank", "anchored")
-AT = dict.fromkeys(TUNINGS, FEW) | dict.fromkeys(LONG, (30, 300))       # numbers of pairs where not all of `COUNTS`
+AT = dict.fromkeys(TUNINGS, FEW) | dict.fromkeys(LONG, (30,))       # numbers of pairs where not all of `COUNTS`
 N_FIELDS, SERIES = 8, 10           # fields that judge; pairs that are made at once
 
 

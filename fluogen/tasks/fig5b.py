@@ -119,8 +119,6 @@ def figure_claims(record: dict | None) -> list[dict]:
             ("thirty_over_long_care", "without the minute's limit FluoGen is above CARE with 30 pairs", ("fluogen-long", 30),
              ("care-long", 30), better),
             ("thirty_over_long_scratch", "... and above the same network from scratch", ("fluogen-long", 30), ("scratch-long", 30), better),
-            ("many_over_long_scratch", "... and not below it with 300 pairs", ("fluogen-long", 300), ("scratch-long", 300),
-             dict(at_least=0.0)),
             ("thirty_suffice", "30 pairs suffice: ten times as many gain less than half a decibel", ("fluogen", 300), ("fluogen", 30),
              dict(at_most=0.5)),
             ("two_do_no_harm", "two pairs do not harm what ships", ("fluogen", 2), ("untuned", 0), dict(at_least=-0.1)),
