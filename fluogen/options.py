@@ -83,7 +83,7 @@ def add_restore(commands):
     add("--model", help="weights by name or folder, instead of those of the task")
     add("--prompt", default="", help='what is in the picture, e.g. "Microtubules of COS-7"')
     add("--samples", type=int, default=0, metavar="N", help="draw N plausible images and give their mean: slower, "
-        "not for denoise (default: one mean image, computed at once)")
+        "further from the truth where light is plentiful (default: one mean image, computed at once)")
     add("--passes", type=int, default=4, help="with --samples: network passes an image (default 4)")
     add("--seed", type=int, default=0, help="with --samples: another number, other images (default 0)")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")

@@ -20,11 +20,11 @@ from ..data.io import Image, read_image
 from ..data.registry import load_dataset
 from ..data.stabilise import STABLE
 from ..diffusion.zoo import Weights
-from .intervals import (FAMILIES_OF, HEADED, Field, as_shown, calibrate_fields, find_heads, light_range, load_heads,
+from .intervals import (FAMILIES_OF, HEADED, Field, as_shown, calibrate_fields, find_heads, load_heads,
                                      restore_sets, system_facts)
 from .noisy_pairs import judge_noisy_pair, match_scale
 from .own_pairs import read_pair
-from .restore import list_planes, restore_layers
+from .restore import light_range, list_planes, restore_layers
 from .settings import RestoreSettings
 from ..uncertainty.bounds import min_images
 from ..uncertainty.certificate import Calibration, load_calibration

@@ -18,10 +18,10 @@ from ..data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
 from ..data.pairs import simulate_clean
 from ..data.phantom import STRUCTURES
 from ..data.stabilise import STABLE, lighten
+from ..diffusion.control import ControlConfig
 from ..diffusion.direct import DirectConfig
 from ..diffusion.zoo import load_weights
 from .denoisers import denoise_nlm
-from ..diffusion.control import ControlConfig
 from .finetune import ControlFitter, DirectFitter, Pairs, draw_batch
 from .prior import training_facts
 from .recipes import adapt_prior, keep_weights, licence_after, module_configs

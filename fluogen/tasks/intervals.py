@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES_OF', 'HEADED', 'SIDE', 'find_heads', 'load_heads', 'direct_sides', 'chain_sides', 'spread_sides',
-           'light_range', 'restore_sets', 'system_facts', 'Field', 'simulated_fields', 'measured_unit', 'as_shown',
-           'field_sets', 'calibrate_fields']
+           'restore_sets', 'system_facts', 'Field', 'simulated_fields', 'measured_unit', 'as_shown', 'field_sets',
+           'calibrate_fields']
 
 # %% ../../nbs/lib/tasks/41_intervals.ipynb #8028ea27
 import json
@@ -23,7 +23,7 @@ from ..diffusion.quantiles import IntervalChain, restore_direct_interval, with_h
 from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, ZooError, find_weights, list_weights, load_weights
 from .memory import TileSide
-from .restore import PlanePasses, show_plane, walk_chains
+from .restore import PlanePasses, light_range, show_plane, walk_chains
 from .settings import RestoreSettings, check_weights, fill_camera
 from ..uncertainty.calibration import calibrate_stream
 from ..uncertainty.certificate import Calibration
@@ -101,11 +101,6 @@ def spread_sides(passes: PlanePasses, settings: RestoreSettings, key: str) -> to
     return torch.stack([mean, spread, spread]).float()
 
 # %% ../../nbs/lib/tasks/41_intervals.ipynb #7731686f
-def light_range(weights: Weights) -> tuple:
-    "Intensities that a restored plane can have: denoised light has no upper end."
-    return (0, None) if weights.config["norm"] == STABLE else (0, 1)
-
-
 @torch.inference_mode()
 def restore_sets(
     unit: torch.Tensor,             # (1,h,w) in [0,1], or (3,h,w) of `show_noisy`, on the CPU

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..data.pairs import PairBatch
 from ..diffusion.packing import pack_state, unpack_state
 from ..diffusion.zoo import load_weights
 from ..metrics.intervals import paired_interval
 from ..metrics.resolution import fourier_ring_correlation, fourier_ring_resolution
 from ..metrics.restoration import fit_linear, score_restoration
 from ..metrics.structures import structure_errors
-from ..data.pairs import PairBatch
 from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
