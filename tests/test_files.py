@@ -72,6 +72,36 @@ def test_folders_and_links(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zarr", "link.txt", "real.txt"]
 
 
+@pytest.mark.parametrize("faster", (True, False))
+def test_a_renaming_that_fails_leaves_one_whole_folder(tmp_path, monkeypatch, faster):
+    "Another process puts its copy there between the two renamings, or the second renaming is refused."
+    def replace(source, target, real=os.replace):
+        if (tmp_path / "a.zarr").exists() or "-old-" in str(source):
+            return real(source, target)
+        if faster:
+            (tmp_path / "a.zarr").mkdir()
+            (tmp_path / "a.zarr" / "chunk").write_text("theirs")
+            return real(source, target)
+        raise PermissionError("refused")
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr" / "chunk").write_text("old")
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError), atomic_write(tmp_path / "a.zarr") as temporary:
+        temporary.mkdir()
+        (temporary / "chunk").write_text("new")
+    assert (tmp_path / "a.zarr" / "chunk").read_text() == ("theirs" if faster else "old")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_a_folder_that_is_there_may_be_kept(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "theirs").write_text("in use")
+    with pytest.raises(OSError), atomic_write(tmp_path / "set", keep=True) as temporary:
+        temporary.mkdir()
+        (temporary / "ours").write_text("new")
+    assert [p.name for p in tmp_path.rglob("*")] == ["set", "theirs"]
+
+
 def test_the_sweep_spares_the_living_and_the_unknown(tmp_path):
     with atomic_write(tmp_path / "mine.bin") as temporary:
         temporary.write_text("x")

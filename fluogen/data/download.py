@@ -119,14 +119,12 @@ def download_dataset(
     if folder.exists():
         return folder
     try:
-        with atomic_write(folder) as temporary:
+        with atomic_write(folder, keep=True) as temporary:
             temporary.mkdir()
             for item in files:
                 _gather(item, temporary, progress)
-            if folder.exists():                         # another process was faster: keep its copy
-                raise FileExistsError(folder)
     except OSError:
-        if not folder.is_dir():
+        if not folder.is_dir():                         # else another process was faster: its copy is kept
             raise
     return folder
 

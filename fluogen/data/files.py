@@ -78,6 +78,7 @@ def check_writable(
 @contextmanager
 def atomic_write(
     path: str | Path,   # the final name of a file or a folder; missing parent folders are made
+    keep: bool = False, # a folder that another process put there meanwhile stays: `OSError`
 ):                      # yields a temporary `Path` beside it, to be written by the caller
     """Give a temporary path; on success flush it and rename it to `path`, on any failure remove it.
 
@@ -96,14 +97,17 @@ def atomic_write(
             raise FluogenError("nothing was written", where=path, expected="a file at the temporary path")
         for entry in (*temporary.rglob("*"), temporary):
             _flush(entry)
-        _check_replaced(path, temporary)
-        if path.is_dir():
-            os.replace(path, aside)
-        os.replace(temporary, path)
+        if not keep:
+            _check_replaced(path, temporary)
+            if path.is_dir():
+                os.replace(path, aside)
+        os.replace(temporary, path)                             # onto a folder that holds something: OSError
         _flush(path.parent)                                     # makes the rename itself durable
         _remove(aside)
     finally:
         _remove(temporary)                                      # gone already after a success
+        if aside.is_dir():                                      # the renaming failed: it returns, unless another took its place
+            _remove(aside) if path.exists() else os.replace(aside, path)
         _open_here.difference_update((temporary, aside))
 
 # %% ../../nbs/lib/data/02_files.ipynb #ee3638a5
