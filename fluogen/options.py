@@ -202,7 +202,7 @@ def add_train(commands):
     add("--workers", type=int, default=1, help="bench…: methods trained at once")
     add("--dataset", default="simulated", help="bench30: simulated (default), or clean images under a simulated microscope; "
         "bench-denoise: or real pairs")
-    add("--models", nargs="+", metavar="NAME", help="heads: weights that get intervals (default: nano-sr-direct nano-sr nano-denoise)")
+    add("--models", nargs="+", metavar="NAME", help="heads: weights that get intervals (default: all that restore)")
 
 # %% ../nbs/lib/88_options.ipynb #597ed06c
 def add_check(commands):

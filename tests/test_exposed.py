@@ -1,4 +1,5 @@
 "Intervals of a denoiser: fields at every exposure, heads that count in noise, the promise on counts, its refusals."
+import json
 import shutil
 import warnings
 from dataclasses import asdict, replace
@@ -6,7 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from test_denoise import noisy_files, save_denoiser
+from test_denoise import noisy_files, save_denoiser, save_sampler
 from toys import CARD, TINY
 
 from fluogen.cli import main
@@ -217,11 +218,30 @@ def test_the_recipe_makes_heads_and_calibrations(toy, tmp_path):
     assert card.count("share of pixels missed, test scenes") == 4 and "2 to 1500 photons, noise estimated from each" in card and load_weights(str(made)).config["base"]["sha256"] == weights.config["sha256"]
 
 
+def test_a_branch_on_noisy_images_gets_heads_and_needs_none_for_its_spread(tmp_path, monkeypatch, capsys):
+    save_sampler(tmp_path / "toy")
+    monkeypatch.setattr(heads, "CHAIN", RestoreSettings(samples=2, passes=1))
+    made, = heads.train_heads(tmp_path, tmp_path / "work", (str(tmp_path / "toy"),), steps=1, batch=2, scenes=4, fields=24, device="cpu",
+                              say=lambda line: None)
+    card, weights = (made / "card.md").read_text(), load_weights(str(tmp_path / "toy"))
+    assert card.count("share of pixels missed, test scenes") == 4 and "velocity" in card
+    system = certify(weights, heads.settings_of(weights), model=str(tmp_path / "toy"))
+    restored, lower, upper = system.restore(Image(draw_fields(1, 5)[0].counts, "YX"))
+    assert (lower.array <= restored.array).all() and (restored.array <= upper.array).all()
+    shutil.rmtree(made)
+    manifest, out = noisy_files(tmp_path, 24), tmp_path / "calibration.json"
+    go = ["--task", "denoise", "--model", str(tmp_path / "toy"), "--samples", "2", "--passes", "1"]
+    assert main(["calibrate", str(manifest), *go, "--alpha", "0.3", "--delta", "0.3", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["family"] == "spread"
+    assert main(["restore", str(tmp_path / "noisy0.tif"), str(tmp_path / "out" / "a.tif"), *go, "--interval", "--calibration", str(out)]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
 # ---- what ships
 
 def test_shipped_heads_are_small_and_of_the_shipped_weights():
     names = [name for name in list_weights() if name.endswith("-heads")]
-    assert {"nano-sr-heads", "nano-sr-direct-heads", "nano-denoise-heads"} <= set(names)
+    assert {f"{name}-heads" for name in heads.MODELS} == set(names)
     assert sum(p.stat().st_size for name in names for p in list_weights()[name].iterdir()) <= 2**20
     for name in names:
         base = load_weights(name.removesuffix("-heads"))

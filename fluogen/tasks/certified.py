@@ -186,10 +186,12 @@ def certify(
 
 
 def choose_family(weights: Weights, settings: RestoreSettings, model: str | None = None) -> str:
-    "The narrowest family of these weights where that was measured, else the first that they have."
+    "The narrowest family of these weights where that was measured; without heads one that needs none, if there is such."
     there = FAMILIES_OF["control" if settings.samples else "direct"]
     place = find_heads(weights, model)
-    best = read_family(place / "calibration.json") if place else there[0]
+    if place is None:
+        return next((family for family in there if family not in HEADED), there[0])
+    best = read_family(place / "calibration.json")
     return best if best in there else there[0]
 
 

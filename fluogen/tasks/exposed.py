@@ -80,13 +80,18 @@ def exposed_batch(step: int, seed: int, n: int, rounds: Rounds) -> dict:
     return {"target": torch.stack(truths).to(device), "condition": torch.stack(shown).to(device), "prompts": prompts}
 
 # %% ../../nbs/lib/tasks/41_exposed.ipynb #8d50c483
-def miss_by_exposure(calibration, weights, heads, n: int = 44, seed: int = 0, exposures=TEST_EXPOSURES) -> dict:
+def miss_by_exposure(
+    calibration, weights, heads,
+    settings: RestoreSettings = RestoreSettings(),      # that the calibration was made for
+    n: int = 44,                                        # scenes, an even mix of the structures
+    seed: int = 0, exposures=TEST_EXPOSURES,
+) -> dict:
     "photons -> share of pixels outside of the certified intervals, mean over held-out scenes."
     found, clean = {}, simulate_clean(list(STRUCTURES), n, 128, seed=seed, split="test", optics=HELD_OUT)
     for photons in exposures:
         fields = exposed_fields(clean, make_rng(seed, "miss", photons), photons, "test")
         losses = []
-        for lower, mean, upper, truth in field_sets(fields, weights, RestoreSettings(), heads, calibration.family):
+        for lower, mean, upper, truth in field_sets(fields, weights, settings, heads, calibration.family):
             low, high = calibration.interval(lower, mean, upper, None)
             losses.append(float(((truth < low) | (truth > high)).mean()))
         found[photons] = float(np.mean(losses))

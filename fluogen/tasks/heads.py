@@ -16,6 +16,7 @@ from ..core import choose_device, derive_seed, make_rng, to_model
 from ..data.microscopes import HELD_OUT, TRAIN
 from ..data.pairs import simulate_clean, simulate_pairs
 from ..data.phantom import STRUCTURES
+from ..data.stabilise import STABLE
 from ..diffusion.direct import restore_direct
 from ..diffusion.quantiles import HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss
 from ..diffusion.session import load_weights as load_trained
@@ -46,7 +47,7 @@ class HeadsFitter:
     def __init__(self, weights: Weights, seed: int = 0, prompt_dropout: float = 0.5):
         self.weights, self.prompt_dropout = weights, prompt_dropout
         self.kind = "velocity" if "control" in weights.modules else "direct"
-        self.noisy = self.kind == "direct" and weights.direct.matched                  # one network, every exposure
+        self.noisy = weights.config["norm"] == STABLE                                  # one network, every exposure
         config = HeadsConfig.from_backbone(weights.backbone.config, self.kind)
         with torch.random.fork_rng([]):
             torch.manual_seed(derive_seed(seed, "heads"))
@@ -119,7 +120,7 @@ def write_calibrations(folder: Path, found: dict) -> None:
         save_calibration(calibration, folder / ("calibration.json" if number == 0 else f"calibration-{family}.json"))
 
 # %% ../../nbs/lib/tasks/42_heads.ipynb #8a121c8c
-MODELS = ("nano-sr-direct", "nano-sr", "nano-denoise")
+MODELS = ("nano-sr-direct", "nano-sr", "nano-denoise", "nano-denoise-samples")
 
 
 def train_heads(
@@ -181,7 +182,8 @@ def keep_heads(folder: Path, model, fitter: HeadsFitter, facts: dict, seed: int,
     heads = load_weights(str(folder))
     found = calibrate_families(weights, heads, drawn, say=say)
     card["scores"] = {f"mean width at alpha 0.1, delta 0.1: {family}": round(c.width, 4) for family, c in found.items()}
-    missed = miss_by_exposure(next(iter(found.values())), weights, heads, min(fields // 2, 44)) if fitter.noisy else {}
+    best, n = next(iter(found.values())), min(len(drawn) // 2, 44)
+    missed = miss_by_exposure(best, weights, heads, settings_of(weights), n) if fitter.noisy else {}
     card["scores"] |= {f"share of pixels missed, test scenes, {photons} photons": round(share, 4) for photons, share in missed.items()}
     save_weights(folder, state, about, card, "int8", base=str(model))
     write_calibrations(folder, found)
