@@ -24,7 +24,7 @@ from ..diffusion.zoo import load_weights
 from .denoisers import denoise_nlm
 from .finetune import ControlFitter, DirectFitter, Pairs, draw_batch
 from .prior import training_facts
-from .recipes import adapt_prior, keep_weights, licence_after, module_configs
+from .recipes import adapt_prior, keep_weights, licence_after, module_configs, summary_after
 from .scenes import Rounds
 
 # %% ../../nbs/lib/tasks/42_denoise.ipynb #b75120db
@@ -107,8 +107,8 @@ def train_denoise(
     about = {"task": "denoise", "adaptation": adaptation, "scale": 1, "schedule": asdict(weights.schedule.config), "norm": STABLE,
              "direct": asdict(fitter.config) if direct else None, "modules": module_configs(fitter.modules)}
     bands = ", ".join(f"{low:g} to {high:g}" for low, high in EXPOSURES)
-    card = {"summary": f"Denoising of one image at any exposure, {adaptation} adaptation of {load_weights(base).id}; "
-                       "the noise is stated or estimated.",
+    card = {"summary": summary_after(weights if start else None, f"Denoising of one image at any exposure, {adaptation} adaptation of "
+                                     f"{load_weights(base).id}; the noise is stated or estimated."),
             "data": f"Simulated images only, optics range '{TRAIN.name}', half confocal, half widefield; photons {bands}; "
                     f"structures {', '.join(STRUCTURES)}.",
             "licence": licence_after(weights),
