@@ -102,7 +102,8 @@ def figure_claims(record: dict | None, seconds: dict, steps: int = 4, full: bool
     made["few_passes"]["why"] += f"; {steps} passes took {seconds['One sample']:.2f} s a field here"
     return [made[name] for name in CLAIMS] + [
         dict(id="direct_speed", claim="the direct pass is faster than ten control passes", source="timed in this run", measured=speed,
-             at_least=10, unit="x", why=f"one direct pass against ten passes of one sample, reckoned from {steps}; one field, best of three")]
+             at_least=10, unit="x",
+             why=f"one direct pass against ten passes of one sample, reckoned from {steps}; one field, best of three")]
 
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #07aa1578
 CREDIT = {      # row -> what it has: generative prior, simulated pairs, pairs of this laboratory
