@@ -53,16 +53,21 @@ def try_device(name: str = "auto") -> Fact:
 
 
 def try_weights() -> Iterator[Fact]:
-    "Whether the weights that restoring needs are here and whole."
+    "Whether the weights that restoring needs are here and whole; on one thread: several wait for each other on a busy machine."
+    import torch
     from fluogen.diffusion.zoo import list_weights, load_weights
     from fluogen.tasks.settings import TASK_WEIGHTS
     found, needed = list_weights(), ("fluogen-nano", "nano-generate", *filter(None, TASK_WEIGHTS.values()))
     for name in needed:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             yield Fact("weights", load_weights(name).id)
         except FluogenError as error:
             said = str(error) if name in found else f"{name} absent"
             yield Fact("weights", said, f"fluogen train {name.removeprefix('fluogen-')}", missing=True)
+        finally:
+            torch.set_num_threads(threads)
     if others := set(found) - set(needed):
         yield Fact("weights", f"{len(others)} other sets, see fluogen weights")
 
