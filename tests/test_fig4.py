@@ -215,3 +215,10 @@ def test_too_few_cells_are_refused(tmp_path):
     with pytest.raises(FluogenError, match="too few cells") as caught:
         thirty.draw_fields("held-out", 4, dataset=str(tmp_path / "manifest.jsonl"))
     assert "\n" not in str(caught.value)
+
+
+def test_unequal_pretraining_is_said_where_it_is_known():
+    said = fig4_claims.tell_pretraining({"pretraining": {"direct": 2000, "simulated": 1000}}, "direct", "simulated")
+    assert "direct was pretrained for 2,000 steps, simulated for 1,000" in said and said.endswith("in favour of direct")
+    for known in ({}, {"direct": 5}, {"direct": 5, "simulated": 5}):
+        assert fig4_claims.tell_pretraining({"pretraining": known}, "direct", "simulated") == ""

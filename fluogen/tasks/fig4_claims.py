@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'OURS_WAYS', 'CREDIT', 'FIELDS', 'OTHERS', 'best_of_ours', 'list_comparisons', 'claim_difference',
-           'claim_real', 'figure_claims', 'format_credit', 'format_elsewhere', 'check_record', 'tell']
+           'claim_real', 'tell_pretraining', 'figure_claims', 'format_credit', 'format_elsewhere', 'check_record',
+           'tell']
 
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #f514e16b
 import numpy as np
@@ -86,6 +87,15 @@ def claim_real() -> dict:
                     **CLAIMS["real_gain"][1])
 
 
+def tell_pretraining(record: dict, first: str, second: str) -> str:
+    "Whom an unequal length of pretraining on simulated pairs favours, where the record holds it; or nothing."
+    steps = record.get("pretraining", {})
+    if not {first, second} <= steps.keys() or steps[first] == steps[second]:
+        return ""
+    longer = max(first, second, key=steps.get)
+    return f"; {first} was pretrained for {steps[first]:,} steps, {second} for {steps[second]:,}: in favour of {longer}"
+
+
 def figure_claims(record: dict | None, seconds: dict, steps: int = 4, full: bool = True) -> list[dict]:
     "Arguments of `fluogen.report.claims.judge`, one dict a claim; `full=False`: nothing from the record is claimed."
     if not full or record is None:
@@ -98,7 +108,7 @@ def figure_claims(record: dict | None, seconds: dict, steps: int = 4, full: bool
                                    measured=worst[0], why=f"smallest gain of {ours[0]}: {worst[1]}", **CLAIMS["every_structure"][1])
     made["real_gain"] = claim_real()
     speed = seconds["One sample"] / steps * 10 / seconds["FluoGen direct"]
-    made["prior_beside_pairs"]["why"] += "; the latter was pretrained for 10,000 steps, the former for 20,000: in favour of the prior"
+    made["prior_beside_pairs"]["why"] += tell_pretraining(record, "direct", "simulated")
     made["few_passes"]["why"] += f"; {steps} passes took {seconds['One sample']:.2f} s a field here"
     return [made[name] for name in CLAIMS] + [
         dict(id="direct_speed", claim="the direct pass is faster than ten control passes", source="timed in this run", measured=speed,
