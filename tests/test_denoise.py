@@ -7,25 +7,25 @@ import pytest
 import torch
 
 from fluogen.cli import main
-from fluogen.core import FluogenError, make_rng
+from fluogen.core import FluogenError, hash_array, make_rng
 from fluogen.data.io import read_image, write_image
 from fluogen.data.noise import NoiseModel
 from fluogen.data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow, noise_of
 from fluogen.data.pairs import simulate_clean
-from fluogen.data.stabilise import lighten, show_noisy
+from fluogen.data.stabilise import hold_light, lighten, noisy_light, show_noisy
 from fluogen.diffusion.backbone import Backbone
 from fluogen.diffusion.control import ControlBranch, ControlConfig
 from fluogen.diffusion.direct import DirectConfig, direct_loss, match_time, restore_direct
 from fluogen.diffusion.prompts import WordEncoder
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.diffusion.zoo import CARD_KEYS, load_weights, save_weights
-from fluogen.tasks import denoise
+from fluogen.tasks import denoise, finetune
 from fluogen.tasks.bench30 import TUNE_CONFIG
 from fluogen.tasks.denoisers import hide_pixels
 from fluogen.tasks.finetune import ControlFitter
 from fluogen.tasks.noisy_pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.tasks.own_pairs import adapt, read_pairs
-from fluogen.tasks.restore import RestoreError, RestoreSettings, restore_image
+from fluogen.tasks.restore import RestoreError, RestoreSettings, restore_image, restore_unit
 from fluogen.tasks.scenes import Rounds
 from toys import PROMPTS, TINY, shake
 
@@ -148,14 +148,41 @@ def test_the_recipe_of_samples_keeps_all_but_the_reading(tmp_path, monkeypatch):
     assert denoise.add_branch(weights).modules["control"].condition.last.weight.any()          # its own branch goes on whole
 
 
-def test_light_of_a_sample_has_no_upper_end(tmp_path):
+def test_light_of_a_sample_has_no_upper_end(tmp_path, monkeypatch):
     save_sampler(tmp_path / "toy")
+    monkeypatch.setattr(finetune, "hold_light", lambda drawn, shown: drawn)
     condition, highest = torch.rand(1, 3, 32, 32), {}
     for light in (True, False):
         fitter = ControlFitter(load_weights(str(tmp_path / "toy")), light=light)
         list(fitter.modules["backbone"].parameters())[-1].data.fill_(-3)                        # of the last layer: far above white
         highest[light] = float(fitter.restore(fitter.modules, condition, [""], passes=2).max())
     assert highest[True] > 1 and highest[False] == 1
+
+
+def test_a_sample_is_as_bright_as_the_recording_whatever_was_drawn(tmp_path):
+    save_sampler(tmp_path / "toy", seed=5)
+    weights, fields = load_weights(str(tmp_path / "toy")), expose(simulate_clean("nuclei", 2, 96), 200, make_rng(0, "bright"))
+    settings, fitter = RestoreSettings(samples=1, passes=2), ControlFitter(weights, light=True, passes=2)
+    recorded = noisy_light(fields.condition)
+    fitted = fitter.restore(weights.modules, fields.condition, ["", ""])
+    for i in range(2):
+        found = restore_unit(fields.condition[i], weights, settings, hash_array(fields.condition[i].numpy()))
+        assert torch.allclose(found, fitted[i, 0], atol=1e-4)
+        for part in ((slice(0, 48), slice(0, 96)), (slice(48, 96), slice(0, 96))):
+            assert abs(found[part].mean() - recorded[i, 0][part].mean()) < 0.05, part
+        assert (found - recorded[i, 0]).std() > 0.03, "a drawn sample, not the recording"
+
+
+def test_light_is_held_only_as_finely_as_the_recording_tells_it():
+    truth = torch.full((1, 1, 64, 64), 0.5)
+    fine = 0.1 * torch.where(torch.arange(64) % 16 < 8, 1.0, -1.0)
+    left = []
+    for sigma in (0.02, 0.15, 0.8):
+        shown = torch.cat([truth, torch.full_like(truth, sigma), torch.full_like(truth, 1e4)], 1)          # a straight line: light is shown
+        held = hold_light(truth + 0.2 + fine, shown)
+        assert abs(held.mean() - truth.mean()) < 1e-3
+        left.append(float((held - truth).std()))
+    assert left[0] < left[1] < left[2] and left[0] < 0.05 and left[2] > 0.095
 
 
 def test_noisy_images_are_restored_by_samples(tmp_path):

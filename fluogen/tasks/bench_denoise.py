@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from ..core import derive_seed
-from ..data.stabilise import STABLE
+from ..data.stabilise import STABLE, noisy_light
 from ..diffusion.backbone import Backbone
 from ..diffusion.zoo import load_weights
 from ..metrics.intervals import paired_interval
 from ..metrics.restoration import score_restoration
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Method, fit_all, load_method, run_jobs
-from .denoise import DENOISE, noisy_light
+from .denoise import DENOISE
 from .denoisers import DenoiserError, build_denoiser, denoise_nlm, fit_denoiser, tune_nlm
 from .finetune import DirectFitter, NetworkFitter, Pairs
 from .noisy_thirty import (NoisyFields, list_folds, real_fields, real_pairs, simulate_noisy_thirty,

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import FluogenError, hash_array, make_rng, to_model, to_unit
+from ..data.stabilise import hold_light
 from ..diffusion.control import ControlBranch, ControlConfig
 from ..diffusion.direct import DirectConfig, direct_loss, restore_direct
 from ..diffusion.sampler import NoiseField, sample_ddim
@@ -167,8 +168,9 @@ class ControlFitter:
                 residuals = modules["control"](x, t, states, condition_embedding=cached)
                 return modules["backbone"](x, t, states, residuals=residuals)
 
-            mean += to_unit(sample_ddim(predict, start.to(condition.device), self.schedule,
+            drawn = to_unit(sample_ddim(predict, start.to(condition.device), self.schedule,
                                         trailing_grid(self.schedule, passes or self.passes), clip=self.top))
+            mean += drawn if self.top else hold_light(drawn.cpu(), condition.cpu()).to(drawn.device)
         return (mean / samples).clamp(0, self.top)
 
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #5c079545

@@ -13,6 +13,7 @@ import torch
 
 from ..core import FluogenError, make_generator, to_model, to_unit
 from ..data.pairs import simulate_pairs, simulate_targets
+from ..data.stabilise import noisy_light
 from ..diffusion.backbone import embed_time
 from ..diffusion.control import ControlBranch
 from ..diffusion.direct import upsample
@@ -20,7 +21,7 @@ from ..diffusion.sampler import NoiseField, sample_dpmpp_2m
 from ..diffusion.schedule import logsnr_grid
 from ..diffusion.shape import BackboneConfig
 from ..diffusion.zoo import Weights
-from .denoise import held_out_fields, noisy_light, psnr_light
+from .denoise import held_out_fields, psnr_light
 from .finetune import DirectFitter
 from .generate import check_size
 

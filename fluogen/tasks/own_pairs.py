@@ -26,13 +26,12 @@ from ..data.io import read_image, read_plane
 from ..data.register import measure_shift
 from ..data.registry import load_dataset
 from ..data.splits import FRACTIONS, reserve
-from ..data.stabilise import STABLE
+from ..data.stabilise import STABLE, noisy_light
 from ..diffusion.checkpoint import CheckpointError, hash_tensors
 from ..diffusion.direct import upsample
 from ..diffusion.zoo import Weights, save_weights, weight_folders
 from .bench30 import TUNE_CONFIG, pace
 from .bench_pairs import expect_gain
-from .denoise import noisy_light
 from .fewer import merge, restrict
 from .finetune import ControlFitter, DirectFitter, FitConfig, Pairs, fit, validation_psnr
 from .noisy_pairs import find_camera, find_jpeg, read_noisy_pair

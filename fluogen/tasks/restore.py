@@ -24,7 +24,7 @@ from ..data.labels import LABEL_NORMS, LabelError, show_labels
 from ..data.noise import SMALL, NoiseError, estimate_noise
 from ..data.noisy import noise_of
 from ..data.optics import Camera
-from ..data.stabilise import STABLE, show_noisy
+from ..data.stabilise import STABLE, hold_light, show_noisy
 from ..diffusion.direct import restore_direct
 from ..diffusion.sampler import SAMPLERS, NoiseField
 from ..diffusion.schedule import GRIDS
@@ -129,7 +129,8 @@ def walk_chains(
     for sample in range(settings.samples):
         field = NoiseField(settings.seed, f"{key}/{sample}", shape)
         extra = {"clip": light_range(passes.weights)[1]} | ({"draw": field.draw} if settings.sampler == "ddpm" else {})
-        yield to_unit(SAMPLERS[settings.sampler](predict or passes.predict, field.draw(), passes.weights.schedule, grid, **extra))[0, 0]
+        drawn = to_unit(SAMPLERS[settings.sampler](predict or passes.predict, field.draw(), passes.weights.schedule, grid, **extra))
+        yield (hold_light(drawn, passes.image) if passes.weights.config.get("norm") == STABLE else drawn)[0, 0]
 
 # %% ../../nbs/lib/tasks/10_restore.ipynb #abf54485
 def match_flux(
