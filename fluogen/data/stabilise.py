@@ -85,7 +85,7 @@ def show_noisy(
     return planes, Levels(float(dark), float(white), float(1 / span), float(bend))
 
 # %% ../../nbs/lib/data/53_stabilise.ipynb #5aa3a7d9
-HELD = 0.01             # light; what a blur of the recording tells more exactly than this is taken from there
+HELD = 0.004            # light; what a blur of the recording tells more exactly than this is taken from there
 
 
 def noisy_light(shown: torch.Tensor) -> torch.Tensor:
