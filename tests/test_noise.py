@@ -45,6 +45,18 @@ def worst_error(noise, mean, camera=CAMERA):
     return abs(noise.predict_std(grey) / np.sqrt(true) - 1).max()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_few_bright_spots_in_the_dark_are_not_taken_for_noise(seed):
+    "Hardly wider than a pixel, on half a megapixel: an average over all pixels does not see them."
+    rng, (y, x) = np.random.default_rng(seed), np.mgrid[:512, :512]
+    spots = sum(np.exp(-((y - a)**2 + (x - b)**2) / (2 * 1.5**2)) for a, b in rng.uniform(20, 492, (40, 2)))
+    photons = 50 + 450 * spots
+    counts = np.round(100 + 2 * (rng.poisson(photons) + rng.normal(0, 1.6, photons.shape)))
+    grey = np.linspace(200, 1100, 9)
+    true = np.sqrt(2 * grey - 200 + 4 * 1.6**2)
+    assert abs(estimate_noise(counts).predict_std(grey) / true - 1).max() < 0.08
+
+
 # ---- the number to hold
 
 @pytest.mark.parametrize("peak", PEAKS)

@@ -171,6 +171,21 @@ def _correlation(response, variance, inside) -> float:
     return max(found, key=lambda value: abs(value - WHITE))
 
 # %% ../../nbs/lib/data/52_noise.ipynb #68dbba46
+def _agrees(points: Points, first: Points, model: NoiseModel) -> bool:
+    "Whether a band hears no more than the first one: over all pixels, and among the brightest, where structure is."
+    ratio = lambda inside: np.average((points.variance / model.predict_variance(points.level))[inside], weights=points.count[inside])
+    if not len(points.count) or ratio(np.s_[:]) >= 1.03:
+        return False
+    low, high = first.level.min(), first.level.max()
+    for share in (0.25, 0.5, 0.75):
+        these, those = (p.level >= low + share * (high - low) for p in (points, first))
+        if these.any() and those.any():
+            error = np.sqrt((1 / points.count[these].sum() + 1 / first.count[those].sum()) * 2 / INDEPENDENT)
+            if ratio(these) >= 1.05 + 2 * error:
+                return False
+    return True
+
+
 def points_of_image(image) -> Points:
     "Mean and variance of the grey levels of one image (Y, X) in camera counts."
     image = as_counts(image)
@@ -191,8 +206,7 @@ def points_of_image(image) -> Points:
         raise NoiseError("neighbouring pixels share their noise, or structure is finer than two pixels",
                          where="image", found=f"correlation {shared:.2f}", expected=f"{WHITE} for raw camera counts",
                          hint="Give raw counts, or several frames of the same field to estimate_noise_frames.")
-    agree = [p for p in found[1:] if len(p.count) and
-             np.average(p.variance / model.predict_variance(p.level), weights=p.count) < 1.03]
+    agree = [p for p in found[1:] if _agrees(p, found[0], model)]
     join = lambda name: np.concatenate([getattr(p, name) for p in [found[0], *agree]])
     return Points(join("level"), join("variance"), join("count") * INDEPENDENT, found[0].levels, "one image")
 
