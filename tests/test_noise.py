@@ -45,6 +45,8 @@ def worst_error(noise, mean, camera=CAMERA):
     return abs(noise.predict_std(grey) / np.sqrt(true) - 1).max()
 
 
+# ---- the number to hold
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_few_bright_spots_in_the_dark_are_not_taken_for_noise(seed):
     "Hardly wider than a pixel, on half a megapixel: an average over all pixels does not see them."
@@ -56,8 +58,6 @@ def test_a_few_bright_spots_in_the_dark_are_not_taken_for_noise(seed):
     true = np.sqrt(2 * grey - 200 + 4 * 1.6**2)
     assert abs(estimate_noise(counts).predict_std(grey) / true - 1).max() < 0.08
 
-
-# ---- the number to hold
 
 @pytest.mark.parametrize("peak", PEAKS)
 def test_five_per_cent_at_every_grey_level(light, peak):
