@@ -1,6 +1,5 @@
 "Quantile heads: the loss finds the quantile, one chain does for three, only the heads learn."
 
-import numpy as np
 import pytest
 import torch
 from toys import TINY, least_seconds, make_weights, save_toy, shake
