@@ -83,7 +83,7 @@ weights: $(STAMP)
 	@echo '  .venv/bin/fluogen train encoder                  features in which pictures are graded (figure 3)'
 	@echo '  .venv/bin/fluogen train score-prior              what the prior draws, graded (figure 3)'
 	@echo '  .venv/bin/fluogen train brightness               the networks of the brightness bias (figure 3b)'
-	@echo '  .venv/bin/fluogen train nano-sr-simulated        as nano-sr-direct, without the prior; not shipped'
+	@echo '  .venv/bin/fluogen train nano-sr-simulated --steps 20000   as long as nano-sr-direct, without the prior; not shipped'
 	@echo '  .venv/bin/fluogen train bench30                  the columns of figure 4'
 	@echo '  .venv/bin/fluogen train bench30 --methods prior simulated untuned many rcan-9   where its gain comes from'
 	@echo '  .venv/bin/fluogen train bench-denoise            all that figure 5 compares'
