@@ -10,7 +10,7 @@ from fluogen.cli import main
 from fluogen.core import FluogenError, hash_array, make_rng
 from fluogen.data.io import read_image, write_image
 from fluogen.data.noise import NoiseModel
-from fluogen.data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow, noise_of
+from fluogen.data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
 from fluogen.data.pairs import simulate_clean
 from fluogen.data.stabilise import hold_light, lighten, noisy_light, show_noisy
 from fluogen.diffusion.backbone import Backbone
@@ -270,7 +270,7 @@ def test_hidden_pixels_never_show_themselves():
 
 
 def test_the_camera_is_known():
-    noise = noise_of(expose(simulate_clean("cocci", 1, 32), 9, make_rng(0), read_noise=1.5).setups[0].camera)
+    noise = expose(simulate_clean("cocci", 1, 32), 9, make_rng(0), read_noise=1.5).setups[0].camera.noise_model()
     assert abs(float(noise.predict_variance(100 + 2 * 9)) - (4 * (9 + 1.5**2) + 1 / 12)) < 1e-6
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fluogen.core import FluogenError
 from fluogen.data.keymap import KeyMap, KeyMapError, fill_template
+from fluogen.data.record import NormError
 from fluogen.data.manifest import ManifestError, Record, parse_norm, read_manifest, stamp_sha256, validate, write_manifest
 
 GOOD = {"image": "gt/1.tif", "conditioning_image": "wf/1.tif", "text": "ER of COS-7"}
@@ -168,7 +169,7 @@ def test_norms():
     assert parse_norm("range:-5,1e4") == ("range", -5,
                                           1e4) and parse_norm("percentile:0,100")[0] == "percentile"
     for wrong in ("", "Percentile:1,2", "range:1,1", "range:1", "percentile:0,101", "range:1.2.3,4", None, 5):
-        with pytest.raises(ManifestError):
+        with pytest.raises(NormError):
             parse_norm(wrong)
 
 

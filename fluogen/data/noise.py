@@ -31,6 +31,12 @@ class NoiseModel:
     gain_error: float = 0.0         # standard error of the gain
     source: str = "stated"          # what it was estimated from
 
+    @classmethod
+    def from_camera(cls, gain: float, offset_counts: float, read_noise: float) -> "NoiseModel":
+        "The noise of a camera that is known: counts per photoelectron, counts of a dark pixel, read noise in photoelectrons; and rounding."
+        variance = (gain * read_noise)**2 + 1 / 12
+        return cls(gain, variance - gain * offset_counts, (offset_counts, np.inf), variance, source="camera")
+
     def predict_variance(self, grey) -> np.ndarray:
         "Variance in counts² of a pixel whose mean is `grey` counts, before any clipping."
         return np.maximum(self.gain * np.asarray(grey, float) + self.intercept, self.least_variance)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from scipy.fft import next_fast_len
 
 from ..core import FluogenError
+from .noise import NoiseModel
 
 # %% ../../nbs/lib/data/30_optics.ipynb #ea5ede0e
 UPSAMPLING = 2      # fine pixels along one camera pixel: scenes and targets live on the fine grid
@@ -222,6 +223,10 @@ class Camera:
         check_bounds("Camera", "gain", self.gain, 0.0, 1e4, open_low=True)
         check_bounds("Camera", "read_noise", self.read_noise, 0.0, 1e4)
         check_bounds("Camera", "full_well", self.full_well, 0.0, 1e9, open_low=True)
+
+    def noise_model(self) -> NoiseModel:
+        "What this camera's noise is at every mean: the line that an estimate looks for."
+        return NoiseModel.from_camera(self.gain, self.offset_counts, self.read_noise)
 
 
 def detect(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILDERS', 'CARD_KEYS', 'ZooError', 'weight_folders', 'list_weights', 'find_weights', 'Weights', 'save_weights',
-           'write_card', 'load_weights', 'describe']
+           'state_fact', 'write_card', 'load_weights', 'describe']
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #bdf64c65
 import difflib
@@ -102,7 +102,7 @@ BUILDERS = {
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #a315dfd6
 def _config_hash(config: dict) -> str:
-    core = {k: v for k, v in config.items() if k not in ("card", "sha256", "name")}
+    core = {k: v for k, v in config.items() if k not in ("card", "facts", "sha256", "name")}
     return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,6 +134,15 @@ def save_weights(
         for file, text in parts.items():
             (temporary / file).write_bytes(text)
     return folder
+
+
+def state_fact(folder: str | Path, name: str, value) -> None:
+    "Write one fact that code needs into the config of weights; facts change no result, so hash and id stay."
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config["facts"] = {**config.get("facts", {}), name: value}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(config, indent=1) + "\n")
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #ad928ccf
 CARD_KEYS = ("summary", "data", "licence", "recipe", "training", "scores", "limits")

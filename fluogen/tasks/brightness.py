@@ -50,13 +50,13 @@ def brightness_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
     return {"target": crop_and_expose(target, rng), "prompts": prompts}
 
 
-def crop_and_expose(target: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    "Random crops of 64², turned, at random exposures."
+def crop_and_expose(target: torch.Tensor, rng: np.random.Generator, size_px: int = 64) -> torch.Tensor:
+    "Random square crops, flipped and rotated at random, half of them at a random exposure between 0.4 and 1."
     pictures = []
     for picture in target:
-        y, x = (int(rng.integers(picture.shape[-1] - SIZE_PX + 1)) for _ in range(2))
+        y, x = (int(rng.integers(picture.shape[-1] - size_px + 1)) for _ in range(2))
         exposure = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
-        pictures.append(turn(picture[:, y:y + SIZE_PX, x:x + SIZE_PX], int(rng.integers(8))) * exposure)
+        pictures.append(turn(picture[:, y:y + size_px, x:x + size_px], int(rng.integers(8))) * exposure)
     return torch.stack(pictures)
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #c1ff4652

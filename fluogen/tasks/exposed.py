@@ -12,7 +12,7 @@ import torch
 from ..core import make_rng
 from ..data.microscopes import HELD_OUT
 from ..data.noise import NoiseError, estimate_noise
-from ..data.noisy import TEST_EXPOSURES, expose, expose_anyhow, noise_of
+from ..data.noisy import TEST_EXPOSURES, expose, expose_anyhow
 from ..data.pairs import PairBatch, simulate_clean
 from ..data.phantom import STRUCTURES
 from ..data.stabilise import show_noisy
@@ -60,7 +60,7 @@ def show_estimated(counts: np.ndarray, truth: np.ndarray, camera) -> tuple[np.nd
     try:
         noise = estimate_noise(counts)
     except NoiseError:
-        noise = noise_of(camera)
+        noise = camera.noise_model()
     planes, levels = show_noisy(counts, noise)
     return planes, levels.to_light(truth)[None].astype(np.float32)
 

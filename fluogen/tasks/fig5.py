@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from ..data.noise import NoiseError, estimate_noise
-from ..data.noisy import TEST_EXPOSURES, noise_of
+from ..data.noisy import TEST_EXPOSURES
 from ..data.optics import UPSAMPLING
 from ..diffusion.zoo import ZooError, load_weights
 from ..metrics.intervals import paired_interval
 from .bench30 import load_method, run_method, tell_ends
-from .bench_denoise import HERE, LEARNED, METHODS, best_baseline, classical, compare, open_denoiser, restore_fields
+from .bench_denoise import DENOISE_BENCH, LEARNED, METHODS, best_baseline, classical, compare, open_denoiser, restore_fields
 from .denoise import DENOISE, ROWS, held_out_fields
 from .finetune import DirectFitter
 from .noisy_thirty import NoisyFields, judge_by_truth, real_fields
@@ -74,8 +74,8 @@ def real_methods(dataset: str, fold: int, work: Path, seconds: float = 30.0, n_p
         try:
             if not (folder / "result.json").is_file():
                 boxed = config or replace(METHODS[name].config, minutes=seconds / 60)
-                run_method(name, fold, folder, seconds, boxed, n_pairs, dataset, HERE)
-            methods[label] = _column(load_method(name, fold, folder, bench=HERE))
+                run_method(name, fold, folder, DENOISE_BENCH, seconds, boxed, n_pairs, dataset)
+            methods[label] = _column(load_method(name, fold, folder, DENOISE_BENCH))
         except ZooError as error:
             notes.append(f"{label}: {error}")
     return methods, notes
@@ -150,7 +150,7 @@ def measure_noise_error(fields: dict) -> np.ndarray:
     for some in fields.values():
         for i, setup in enumerate(some.batch.setups):
             try:
-                found, stated = estimate_noise(some.batch.counts[i, 0].numpy()), noise_of(setup.camera)
+                found, stated = estimate_noise(some.batch.counts[i, 0].numpy()), setup.camera.noise_model()
             except NoiseError:
                 errors.append(float("nan"))
                 continue
@@ -166,7 +166,7 @@ def guard_restored(light: np.ndarray, fields: NoisyFields, snr: float = 2.0, eac
     measured = [(batch.counts[i, 0].numpy().astype(float), to_counts(light[i], fields, i)) for i in range(min(n, len(batch)))]
     optics = [setup.optics for setup in batch.setups]
     element_px = float(np.mean([o.fwhm_um / (o.fine_pixel_um * UPSAMPLING) for o in optics]))
-    return measure_detection(measured, noise_of(batch.setups[0].camera), max(element_px, 2.0), snr=snr, each=each, seed=seed)
+    return measure_detection(measured, batch.setups[0].camera.noise_model(), max(element_px, 2.0), snr=snr, each=each, seed=seed)
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #c299e96b
 def _difference(record, name, claim, first, second, metric="psnr", **threshold) -> dict:

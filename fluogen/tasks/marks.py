@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.io import Image, read_image
-from ..data.noise import NoiseError, estimate_noise
-from ..data.noisy import noise_of
-from ..data.optics import Camera
+from ..data.noise import NoiseError, NoiseModel, estimate_noise
 from .restore import CAMERA
 from .settings import RestoreError
 from ..uncertainty.support import judge_support
@@ -52,7 +50,7 @@ def mark_image(
     for index in np.ndindex(recorded.array.shape[:-2]):
         plane = recorded.array[index]
         try:
-            noise = noise_of(Camera(gain=camera[0], offset_counts=camera[1], read_noise=camera[2])) if camera else estimate_noise(plane)
+            noise = NoiseModel.from_camera(*camera) if camera else estimate_noise(plane)
         except NoiseError as error:
             raise RestoreError(error.what, recorded.path, error.found, error.expected, CAMERA) from None
         seen = judge_support(plane, restored.array[index], noise, element_px)

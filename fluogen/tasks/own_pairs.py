@@ -35,7 +35,6 @@ from .bench_pairs import expect_gain
 from .fewer import merge, restrict
 from .finetune import ControlFitter, DirectFitter, FitConfig, Pairs, fit, validation_psnr
 from .noisy_pairs import find_camera, find_jpeg, read_noisy_pair
-from .records import find_record
 from .recipes import module_configs
 from .settings import load_for_task
 
@@ -274,7 +273,7 @@ def adapt(
     made = Adapted(name, folder, float((-10 * enlarged.log10()).mean()), before, after,
                    len(training), len(held), result.step, find_alarm(before, after, values))
     keep_adapted(made, fitter, weights, base, source, config, camera, free)
-    if task == "denoise" and (more := expect_gain(find_record("bench-pairs"), len(pairs), sum(r.split != "test" for r in records))):
+    if task == "denoise" and (more := expect_gain(weights.config.get("facts", {}).get("expected_gain"), len(pairs), sum(r.split != "test" for r in records))):
         say(more)
     return made
 

@@ -21,9 +21,7 @@ from ..data.files import ImageReadError
 from ..data.intensity import scale_to_unit
 from ..data.io import Image
 from ..data.labels import LABEL_NORMS, LabelError, show_labels
-from ..data.noise import SMALL, NoiseError, estimate_noise
-from ..data.noisy import noise_of
-from ..data.optics import Camera
+from ..data.noise import SMALL, NoiseError, NoiseModel, estimate_noise
 from ..data.stabilise import STABLE, hold_light, show_noisy
 from ..diffusion.direct import restore_direct
 from ..diffusion.sampler import SAMPLERS, NoiseField
@@ -179,7 +177,7 @@ def show_plane(plane: np.ndarray, norm: str, settings: RestoreSettings) -> tuple
     scale_to_unit(plane, "percentile:0,100")                        # refuses and warns as for any other plane
     if settings.camera:
         gain, offset, read_noise = map(float, settings.camera)
-        noise = noise_of(Camera(offset_counts=offset, gain=gain, read_noise=read_noise))
+        noise = NoiseModel.from_camera(gain, offset, read_noise)
         if np.percentile(plane, 99) <= offset:
             raise NoiseError("the stated offset lies above the image", found=f"{offset:g} counts, and 99 % of the pixels are no brighter",
                              hint="Give the counts of a dark image as the second number of --camera GAIN,OFFSET,READ.")

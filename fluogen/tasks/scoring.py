@@ -23,7 +23,7 @@ from ..metrics.resolution import fourier_ring_correlation, fourier_ring_resoluti
 from ..metrics.restoration import fit_linear, score_restoration
 from ..metrics.structures import structure_errors
 from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
-from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, fit_all, load_method, run_jobs
+from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, SR_BENCH, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
 from .recipes import as_pairs
 from .records import RecordError, describe_bench, join_record, keep_once, score_row, ship_fit
@@ -113,7 +113,7 @@ def score_method(method: str, seed: int, folder, fields: dict) -> list[dict]:
         if which == "in_time" and (method not in LEARNED or not (Path(folder) / "in_time.safetensors").is_file()):
             continue
         real = any(batch.groups for batch in fields.values())                           # as `fluogen finetune` would keep it
-        fitter = pack_round_trip(load_method(method, seed, folder, which), packing(method) | ({"rank": None} if real else {}))
+        fitter = pack_round_trip(load_method(method, seed, folder, SR_BENCH, which), packing(method) | ({"rank": None} if real else {}))
         for kind, batch in fields.items():
             for way, options in list_ways(method, kind).items():
                 scores = score_fields(restore_fields(fitter, batch, **options), batch, full=which == "best")
@@ -147,7 +147,7 @@ def run_bench(
 ) -> Path:
     "Fit, pack, score and keep: the recipe behind figure 4. A call with other methods or seeds adds to the record."
     out, work, simulated = Path(out), Path(work), dataset == "simulated"
-    fit_all(work, tuple(methods or (*LEARNED, *OURS)), seeds, workers, dataset=dataset, **options)
+    fit_all(work, SR_BENCH, tuple(methods or (*LEARNED, *OURS)), seeds, workers, dataset=dataset, **options)
     reports = [json.loads(p.read_text()) for p in sorted(work.glob("*/result.json"))]       # also of earlier calls
     seeds = sorted({r["seed"] for r in reports})
     of = {s: 0 if simulated else half_of(s) for s in seeds}                                 # draw -> which fields judge it
@@ -179,7 +179,7 @@ def ship_method(folder: Path, work: Path, report: dict) -> Path:
             "data": f"24 + 6 simulated pairs of 128² (draw {seed}), optics range train.",
             "recipe": "fluogen train bench30", "scores": "see bench30/scores.json"}
     about = {"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9"}
-    return ship_fit(folder, load_method(method, seed, work), report, about, card, packing(method))
+    return ship_fit(folder, load_method(method, seed, work, SR_BENCH), report, about, card, packing(method))
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #bc5d2d15
 def open_fitter(name: str):
