@@ -51,19 +51,18 @@ def explore(
     if not has_audience():
         return None
     import ipywidgets as w
-    from IPython.display import display
     made = {name: make_control(name, *given) for name, given in controls.items()}
-    button, out = w.Button(description="draw", button_style="primary"), w.Output()
 
-    def press(_):
-        with out:
-            out.clear_output(wait=True)
-            try:
-                display(draw(**{name: control.value for name, control in made.items()}))
-            except Exception as error:                      # shown to the reader, who can mend it
-                print(f"{type(error).__name__}: {error}")
-    button.on_click(press)
-    return w.VBox([*made.values(), button, out])
+    def press(**values):
+        try:
+            return draw(**values)
+        except Exception as error:                          # shown to the reader, who can repair it
+            print(f"{type(error).__name__}: {error}")
+    panel = w.interactive(press, {"manual": True, "manual_name": "draw", "auto_display": True}, **made)
+    panel.manual_button.button_style = "primary"
+    for control in made.values():
+        control.unobserve_all("value")                      # else text that is entered draws too: twice with the button
+    return panel
 
 
 def make_control(name: str, kind: str, *values):
