@@ -9,7 +9,7 @@ export PYTHON TORCH_INDEX CUDA
 # A .venv that was moved or lost its Python is set up again.
 $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && [ -x $(PY) ] || rm -f $(STAMP))
 
-.PHONY: help setup demo figures figures-check test battery weights docs readme export clean
+.PHONY: help setup demo figures figures-check test battery bench weights docs readme export clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo '  make figures         every figure notebook, PROFILE=$(PROFILE) (smoke, laptop, gpu, paper) -> figures/'
 	@echo '  make figures-check   run them apart and compare the numbers with the committed ones'
 	@echo '  make battery         the reliability batteries with their full counts: about 10 minutes on 2 cores'
+	@echo '  make bench           times and ratios of times beside their limits: a report, it never fails'
 	@echo '  make weights         how the shipped weights were made, and how to make them again'
 	@echo '  make docs            the notebooks as a web site -> site/index.html'
 	@echo
@@ -67,6 +68,10 @@ test: $(STAMP)
 battery: $(STAMP)
 	@FLUOGEN_BATTERY=full $(PY) -m pytest -m battery --durations=10 </dev/null
 	@echo 'The batteries passed with their full counts.'
+
+bench: $(STAMP)
+	@$(PY) benchmarks/times.py </dev/null
+	@echo 'A limit that was missed on a busy machine means little: run it again, or a part: $(PY) benchmarks/times.py lessons'
 
 weights: $(STAMP)
 	@echo 'The shipped weights lie in fluogen/weights/, each with its card (recipe, data, seed, minutes, hardware, scores):'
