@@ -1,5 +1,6 @@
 # `make` explains itself. Everything runs in .venv, which the first target that needs it sets up.
 PROFILE ?= laptop
+WORKERS ?= 2
 FIGURES := $(wildcard nbs/fig*.ipynb)
 PY      := .venv/bin/python
 STAMP   := .venv/.ready
@@ -9,18 +10,19 @@ export PYTHON TORCH_INDEX CUDA
 # A .venv that was moved or lost its Python is set up again.
 $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$(CURDIR)" ] && [ -x $(PY) ] || rm -f $(STAMP))
 
-.PHONY: help setup demo figures figures-check test battery weights docs readme export clean
+.PHONY: help setup demo figures figures-check test battery bench weights docs readme export clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'fluogen: generative fluorescence microscopy, in notebooks.'
 	@echo
 	@echo '  make demo            set up .venv and run figure 4 (super-resolution): about 5 minutes on 2 cores'
-	@echo '  make test            set up .venv and run the tests: under 15 minutes on 2 cores'
+	@echo '  make test            set up .venv and run the tests: under 10 minutes on 2 cores (WORKERS=$(WORKERS): test files at once)'
 	@echo
 	@echo '  make figures         every figure notebook, PROFILE=$(PROFILE) (smoke, laptop, gpu, paper) -> figures/'
 	@echo '  make figures-check   run them apart and compare the numbers with the committed ones'
 	@echo '  make battery         the reliability batteries with their full counts: about 10 minutes on 2 cores'
+	@echo '  make bench           times and ratios of times beside their limits: a report, it never fails'
 	@echo '  make weights         how the shipped weights were made, and how to make them again'
 	@echo '  make docs            the notebooks as a web site -> site/index.html'
 	@echo
@@ -60,13 +62,18 @@ figures-check: $(STAMP)
 	  FLUOGEN_FIGURES="$(CURDIR)/runs/check" $(PAPER) $$nb runs/check/$$(basename $$nb) -p profile $(PROFILE) </dev/null; done
 	@$(PY) -c 'import sys; from fluogen.report.compare import main; sys.exit(main())' figures runs/check --profile $(PROFILE)
 
+# Independent test files on both cores, one thread each; notebooks one by one (tests/conftest.py).
 test: $(STAMP)
-	@$(PY) -m pytest --durations=10 </dev/null
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=10 </dev/null
 	@echo 'All passed. Next: make demo, or make battery for the full counts.'
 
 battery: $(STAMP)
-	@FLUOGEN_BATTERY=full $(PY) -m pytest -m battery --durations=10 </dev/null
+	@OMP_NUM_THREADS=1 FLUOGEN_BATTERY=full $(PY) -m pytest -m battery -n $(WORKERS) --dist loadfile --durations=10 </dev/null
 	@echo 'The batteries passed with their full counts.'
+
+bench: $(STAMP)
+	@$(PY) benchmarks/times.py </dev/null
+	@echo 'A limit that was missed on a busy machine means little: run it again, or a part: $(PY) benchmarks/times.py lessons'
 
 weights: $(STAMP)
 	@echo 'The shipped weights lie in fluogen/weights/, each with its card (recipe, data, seed, minutes, hardware, scores):'

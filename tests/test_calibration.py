@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import binom, norm
-from toys import least_seconds
 
 from fluogen.core import FluogenError, make_rng
 from fluogen.uncertainty.bounds import certifies, min_images
@@ -128,17 +127,27 @@ def swept_table(images, factors):
 
 @pytest.mark.battery
 @pytest.mark.parametrize("count, least", [(20, 10), (200, 100)])
-def test_speed_of_the_table(count, least):
-    "P1, interleaved in one process; the same numbers to one pixel."
+def test_work_for_the_table(count, least, monkeypatch):
+    "P1: each pixel is visited once, whatever the number of factors; the same numbers to one pixel. Seconds: `make bench`."
     size, number = 256, 12 if FULL else 4
     images = [draw_image(k, size) for k in range(number)]
     columns = find_edges(np.linspace(0.05, 10, count))
     sweep = lambda: swept_table(images, EDGES[columns])
     once = lambda: np.stack([loss_curve(*image) for image in images])[:, columns]
     assert np.abs(once() - sweep()).max() <= 1.01 / size**2
-    slow, fast = least_seconds(sweep, once)
-    print(f"\n{count} factors: {slow / fast:.0f} times as fast")
-    assert slow / fast >= least
+    visits = {"scale_sets": 0, "critical_factor": 0}
+
+    def counted(function):
+        def call(lower, *others):
+            visits[function.__name__] += lower.size
+            return function(lower, *others)
+        return call
+    monkeypatch.setitem(loss_curve.__globals__, "critical_factor", counted(critical_factor))
+    for place in (loss_curve, swept_table):                                         # the table itself must not use it
+        monkeypatch.setitem(place.__globals__, "scale_sets", counted(scale_sets))
+    sweep(), once()
+    assert visits == {"scale_sets": count * number * size**2, "critical_factor": number * size**2}
+    assert visits["scale_sets"] / visits["critical_factor"] >= least
 
 
 # ---- search

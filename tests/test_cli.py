@@ -3,12 +3,12 @@ import io
 import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from counts import Operations, files_opened
 from toys import save_toy
 
 from fluogen import cli, say
@@ -36,22 +36,15 @@ def raw(tmp_path):
 # ---- quick
 
 def test_help_answers_at_once_and_without_torch():
+    "What takes time is importing: 234 modules when this was written, six of them ours."
     code = ("import sys; from fluogen.cli import main\ntry: main(['--help'])\n"
-            "finally: print('torch' in sys.modules)")
-    best = 99.0
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
-        best = min(best, time.perf_counter() - began)
-    used = subprocess.run([sys.executable, "-c",
-                           "import resource; from fluogen.cli import main\ntry: main(['--help'])\n"
-                           "finally: u = resource.getrusage(0); print(u.ru_utime + u.ru_stime)"],
-                          capture_output=True, text=True)
-    assert done.stdout.endswith("False\n")
+            "finally: print(*sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)
+    imported = done.stdout.splitlines()[-1].split()
     assert all(name in done.stdout for name in ("restore", "train", "check", "doctor", "weights"))
-    assert float(used.stdout.splitlines()[-1]) < 0.5        # processor time
-    assert best < 2.0                                       # the clock of a busy machine is patient
+    assert not {"torch", "scipy", "skimage", "matplotlib", "tifffile", "zarr", "accelerate"} & set(imported)
+    assert len(imported) <= 300 and sum(name.startswith("fluogen") for name in imported) <= 12
 
 
 def test_every_command_explains_itself(run):
@@ -261,9 +254,11 @@ def test_progress_on_a_terminal_and_in_a_log(monkeypatch):
 # ---- doctor, weights, train
 
 def test_doctor(run, monkeypatch, tmp_path):
-    began = time.process_time()
-    code, out, err = run("doctor")
-    assert time.process_time() - began < 5 and err == []
+    with files_opened(".safetensors") as read, Operations() as done:
+        code, out, err = run("doctor")
+    assert len(read) <= 2 * len([line for line in out.splitlines() if line.startswith("weights ")])     # each with what it stands on
+    assert done.names and not [name for name in done.names if "convolution" in name], "a network is evaluated"
+    assert err == []
     assert code == (1 if "→ fluogen train" in out else 0)
     for name in ("fluogen", "python", "torch", "device", "memory", "weights", "in short"):
         assert re.search(rf"^{name} ", out, re.M), name

@@ -1,8 +1,8 @@
 "Simulated structures: the same from the same seed, in micrometres whatever the pixel, never empty, labelled where dye is."
-import time
 
 import pytest
 import torch
+from counts import Operations
 
 from fluogen.core import FluogenError, make_generator
 from fluogen.data.canvas import Canvas, Stamp, paint_points, smooth_noise, take_ids
@@ -222,10 +222,9 @@ def test_noise_outline_and_sites():
     assert (kept > 0).all() and (kept < canvas.field_um).all()
 
 
-def test_fast_enough_to_train_from():
-    "Measured: 0.7 to 5 ms an image on one busy core; the bound is loose because machines differ."
+def test_light_enough_to_train_from():
+    "Counted: 110 to 810 numbers a pixel and at most 2,945 operations for twelve images; 0.7 to 5 ms an image on one core."
     for name in STRUCTURES:
-        render(name, 4, 128, generator=make_generator(0))
-        start = time.process_time()
-        render(name, 12, 128, generator=make_generator(0))
-        assert (time.process_time() - start) / 12 < 0.04, name
+        with Operations() as done:
+            render(name, 12, 128, generator=make_generator(0))
+        assert done.numbers / 12 / 128**2 < 2000 and len(done.names) < 10_000, name

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from toys import TINY, least_seconds, make_weights, save_toy, shake
+from counts import Operations
+from toys import TINY, make_weights, save_toy, shake
 
 from fluogen.core import make_generator
 from fluogen.diffusion.direct import DirectConfig, restore_direct
@@ -40,14 +41,17 @@ def test_pinball_is_the_public_loss_with_its_gradient(level):
 
 
 @pytest.mark.battery
-def test_pinball_is_faster_than_masks():
-    "P2: forward and backward, interleaved."
+def test_pinball_does_less_than_masks():
+    "P2: forward and backward; 17 operations for 32, and none of the ten that gather or scatter by a mask. Seconds: `make bench`."
     target = torch.randn(2, 256, 256, generator=make_generator(0, "speed"))
-    guess = torch.zeros_like(target).requires_grad_()
-    slow, fast = least_seconds(*(lambda loss=loss: loss(guess, target, 0.9).backward()
-                                 for loss in (masked_pinball, pinball)), rounds=20)
-    print(f"\n{slow / fast:.1f} times as fast")
-    assert slow / fast >= 3
+    guess, done = torch.zeros_like(target).requires_grad_(), []
+    for loss in (masked_pinball, pinball):
+        with Operations() as counted:
+            loss(guess, target, 0.9).backward()
+        done.append(counted)
+    slow, fast = done
+    assert len(slow.names) / len(fast.names) >= 1.5 and slow.numbers / fast.numbers >= 1.4
+    assert len([name for name in slow.names if "index" in name]) >= 8 and not [name for name in fast.names if "index" in name]
 
 
 @pytest.mark.parametrize("sample", (sample_ddim, sample_dpmpp_2m))

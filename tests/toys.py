@@ -1,6 +1,5 @@
 "Small things that behave like the real ones: shaken networks, weights in memory and on disk."
 from dataclasses import asdict
-from time import process_time
 
 import torch
 
@@ -16,17 +15,6 @@ PROMPTS = ("F-actin of COS-7", "ER of COS-7", "Microtubules of HeLa")
 TINY = BackboneConfig.tiny(attention_levels=(), stem="unshuffle2")  # sizes: multiples of 2 camera pixels
 CARD = dict.fromkeys(CARD_KEYS, "a test")
 ABOUT = {"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9", "schedule": asdict(ScheduleConfig())}
-
-
-def least_seconds(*calls, rounds=7):
-    "The least processor time of each call, taken in turn: neighbours on a busy machine only add to it."
-    least = [float("inf")] * len(calls)
-    for _ in range(rounds):
-        for k, call in enumerate(calls):
-            began = process_time()
-            call()
-            least[k] = min(least[k], process_time() - began)
-    return least
 
 
 def shake(net, seed=0, size=0.5):
