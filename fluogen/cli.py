@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
-from .core import FluogenError, choose_device
-from .options import make_parser
+from .core import FluogenError, choose_device, resolve
+from .options import STUDIES, make_parser
 from .say import Progress, say
-from .training import STUDIES, run_study, run_train
+from .training import run_train
 
 # %% ../nbs/lib/90_cli.ipynb #0de6f563
 def run_restore(args) -> int:
@@ -207,7 +207,9 @@ def run_doctor(args) -> int:
 
 # %% ../nbs/lib/90_cli.ipynb #52a2f578
 RUN = {"restore": run_restore, "support": run_support, "calibrate": run_calibrate, "generate": run_generate,
-       "weights": run_weights, "finetune": run_finetune, "train": lambda args: (run_study if args.recipe in STUDIES else run_train)(args, say), "check": run_check,
+       "weights": run_weights, "finetune": run_finetune, 
+       "train": lambda args: (resolve("fluogen.training:run_study") if args.recipe in STUDIES else run_train)(args, say),
+       "check": run_check,
        "doctor": run_doctor}
 
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FluogenError', 'DeviceError', 'derive_seed', 'make_rng', 'make_generator', 'hash_array', 'to_model', 'to_unit',
-           'find_root', 'choose_device']
+           'find_root', 'choose_device', 'resolve']
 
 # %% ../nbs/lib/00_core.ipynb #72efccd1
 import hashlib
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,14 @@ def choose_device(
         raise DeviceError("no such device", where="device", found=name, expected=" or ".join(present),
                           hint="Use --device auto.")
     return torch.device(name)
+
+# %% ../nbs/lib/00_core.ipynb #5f1d0a13
+def resolve(
+    name: str,      # "package.module:function"
+):                  # the function or class
+    "What a table names as text, imported now. Raises `FluogenError` for a name that leads nowhere."
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FluogenError("a table names a function that is not there", where=name, found=error, expected="package.module:function") from error

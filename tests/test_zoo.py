@@ -14,7 +14,7 @@ from fluogen.core import FluogenError
 from fluogen.data import files
 from fluogen.diffusion import zoo
 from fluogen.diffusion.packing import PackingError
-from fluogen.diffusion.zoo import ZooError, describe, find_weights, list_weights, load_weights, save_weights
+from fluogen.diffusion.zoo import CardError, ZooError, describe, find_weights, list_weights, load_weights, save_weights
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_a_card_must_be_whole(cache):
     weights = make_weights()
     for key in CARD:
         card = {k: v for k, v in CARD.items() if k != key}
-        with pytest.raises(ZooError, match=f"lacks a part .*expected {key}"):
+        with pytest.raises(CardError, match=f"lacks a part .*expected {key}"):
             save_weights(cache / "toy", {}, weights.config | {"modules": {}}, card)
     assert not (cache / "toy").exists()
 

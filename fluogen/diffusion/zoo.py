@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILDERS', 'CARD_KEYS', 'ZooError', 'weight_folders', 'list_weights', 'find_weights', 'Weights', 'save_weights',
-           'state_fact', 'write_card', 'load_weights', 'describe']
+           'state_fact', 'CardError', 'write_card', 'load_weights', 'describe']
 
 # %% ../../nbs/lib/diffusion/80_zoo.ipynb #bdf64c65
 import difflib
@@ -148,12 +148,16 @@ def state_fact(folder: str | Path, name: str, value) -> None:
 CARD_KEYS = ("summary", "data", "licence", "recipe", "training", "scores", "limits")
 
 
+class CardError(FluogenError):
+    "A card that does not say what a reader must know."
+
+
 def write_card(config: dict) -> str:
     "Markdown from a configuration's card; refuses a card without one of `CARD_KEYS`."
     card = config["card"]
     missing = [key for key in CARD_KEYS if key not in card]
     if missing:
-        raise ZooError("the card lacks a part", where=config["name"], found=", ".join(card), expected=missing[0])
+        raise CardError("the card lacks a part", where=config["name"], found=", ".join(card), expected=missing[0])
     lines = [f"# {config['name']}", "", card["summary"], ""]
     for key in CARD_KEYS[1:]:
         lines += [f"## {key.capitalize()}", ""]

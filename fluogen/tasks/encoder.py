@@ -175,7 +175,7 @@ def train_leg(out, work, minutes: float, steps: int, seed: int, crops: int, star
     return save_weights(out, {"encoder": encoder.state_dict()}, about, card, method="int8")
 
 
-def score_encoder(encoder: "Encoder", seed: int = 0, n: int = 704) -> dict:
+def score_encoder(encoder: Encoder, seed: int = 0, n: int = 704) -> dict:
     "Accuracy on scenes of no training, as shipped: the training microscopes, and held-out ones."
     found = {}
     for name, optics in (("training microscopes", "train"), ("held-out microscopes", "held-out")):
