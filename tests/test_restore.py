@@ -16,9 +16,9 @@ from fluogen.core import FluogenError
 from fluogen.data.io import Image, read_image, write_image
 from fluogen.diffusion.direct import upsample
 from fluogen.diffusion.zoo import ZooError, load_weights
-from fluogen.tasks import folders, memory, restore
+from fluogen.tasks import folders, restore, tiling
 from fluogen.tasks.folders import convert, list_images, restore_file, restore_files
-from fluogen.tasks.memory import MemoryLimitError
+from fluogen.tasks.tiling import MemoryLimitError
 from fluogen.tasks.restore import list_planes, match_flux, restore_image, restore_unit
 from fluogen.tasks.settings import RestoreError, RestoreSettings, check_weights, load_for_task
 
@@ -88,7 +88,7 @@ def test_seed_and_prompt_decide_and_the_global_generator_does_not(control):
 
 def test_the_mean_of_samples_is_their_mean(control):
     unit = torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(0))
-    chains = restore.PlanePasses(unit, control, SAMPLES, memory.TileSide(32))
+    chains = restore.PlanePasses(unit, control, SAMPLES, tiling.TileSide(32))
     assert chains.calls == 4
     both = restore_unit(unit, control, SAMPLES, "key")
     single = RestoreSettings(samples=1, passes=2, **SMALL)
@@ -353,7 +353,7 @@ def test_refused_before_anything_is_allocated(direct, monkeypatch):
     with pytest.raises(MemoryLimitError,
                        match=r"film.tif: not enough memory \(found .* GiB needed, expected at most 0.1 GiB"):
         restore_image(huge, direct, MEAN, memory_gb=0.1)
-    monkeypatch.setattr(memory, "free_bytes", lambda: 10 * 2**20)
+    monkeypatch.setattr(tiling, "free_bytes", lambda: 10 * 2**20)
     with pytest.raises(MemoryLimitError):
         restore_image(huge, direct, MEAN)
 

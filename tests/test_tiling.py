@@ -1,4 +1,6 @@
-"Tiles: every pixel once, nothing changed that the network does not change, no seams."
+"Tiles: every pixel once, nothing changed that the network does not change, no seams; in any number of dimensions."
+import itertools
+import math
 import os
 import random
 
@@ -11,7 +13,7 @@ from toys import make_weights
 from fluogen.data.pairs import simulate_pairs
 from fluogen.tasks.restore import restore_unit
 from fluogen.tasks.settings import RestoreSettings, load_for_task
-from fluogen.tasks.tiling import TilingError, fade, pad_reflect, run_tiled, tile_starts
+from fluogen.tasks.tiling import TilingError, fade, fade_window, pad_reflect, plan_tiles, run_tiled, tile_starts
 
 def draw_case(rng):
     tile = rng.randrange(1, 80)
@@ -64,6 +66,171 @@ def test_what_the_network_is_given():
         assert max(left + w for _, left, _, w in windows) == -(-W // multiple) * multiple
 
 
+def draw_stack(rng):
+    "Shape of 1, 2 or 3 axes, then tile, overlap, scale and multiple of each axis."
+    axes = rng.randrange(1, 4)
+    tile = tuple(rng.randrange(1, (60, 40, 14)[axes - 1]) for _ in range(axes))
+    return (tuple(rng.randrange(1, (300, 90, 26)[axes - 1]) for _ in range(axes)), tile,
+            tuple(rng.randrange(0, n) for n in tile), tuple(rng.choice([1, 1, 2]) for _ in range(axes)),
+            tuple(rng.choice([1, 1, 2, 4]) for _ in range(axes)))
+
+
+STACKS = [draw_stack(random.Random(seed)) for seed in range(600 if COUNT == 1000 else 60)]
+
+
+def refine(image, scale):
+    "Every pixel repeated `scale` times along each axis."
+    for axis, times in enumerate(scale, start=2):
+        image = image.repeat_interleave(times, axis)
+    return image
+
+
+def test_cases_are_lines_images_and_stacks():
+    assert {len(sizes) for sizes, *_ in STACKS} == {1, 2, 3}
+    assert sum(any(n % 2 for n in sizes) for sizes, *_ in STACKS) > len(STACKS) / 2
+    assert any(len(set(scale)) > 1 for *_, scale, _ in STACKS)
+
+
+@pytest.mark.battery
+def test_identity_and_constant_in_one_two_and_three_dimensions():
+    "The second channel is constant: what comes out is the sum of the weights, 1 everywhere."
+    generator = torch.Generator().manual_seed(2)
+    for sizes, tile, overlap, scale, multiple in STACKS:
+        image = torch.rand(1, 2, *sizes, generator=generator)
+        image[:, 1] = 1
+        out = run_tiled(lambda part, window: refine(part, scale), image, tile, overlap, scale, multiple)
+        assert out.shape == (1, 2, *(n * s for n, s in zip(sizes, scale))) and out.dtype == torch.float32
+        assert (out - refine(image, scale)).abs().max() <= 1e-6, (sizes, tile, overlap, scale, multiple)
+
+
+@pytest.mark.battery
+def test_a_ramp_that_depends_on_the_position_is_put_back_in_its_place():
+    "The network returns only where its window says it is: a tile blended one pixel off would show."
+    for sizes, tile, overlap, scale, multiple in STACKS:
+        step = [7 ** axis for axis in range(len(sizes))]
+
+        def place(starts, sides):
+            grids = [torch.arange(n * s, (n + side) * s).double() / s for n, side, s in zip(starts, sides, scale)]
+            return sum(k * g for k, g in zip(step, torch.meshgrid(*grids, indexing="ij")))[None, None]
+
+        def network(part, window):
+            assert part.shape[2:] == window[len(sizes):]
+            return place(window[:len(sizes)], window[len(sizes):])
+
+        out = run_tiled(network, torch.zeros(1, 1, *sizes), tile, overlap, scale, multiple)
+        want = place([0] * len(sizes), sizes)
+        assert (out - want).abs().max() <= 1e-6 * max(1, float(want.max())), (sizes, tile, overlap, scale, multiple)
+
+
+@pytest.mark.battery
+def test_weights_are_positive_and_sum_to_one_in_any_number_of_dimensions():
+    for n, (sizes, tile, overlap, _, multiple) in enumerate(STACKS):
+        sides, starts = plan_tiles(sizes, tile, overlap, multiple)
+        ramps = [fade(first, side, o, (None, 0, o // 2)[n % 3]) for first, side, o in zip(starts, sides, overlap)]
+        total = torch.zeros(*(first[-1] + side for first, side in zip(starts, sides)), dtype=torch.float64)
+        for corner in itertools.product(*(enumerate(first) for first in starts)):
+            window = fade_window([ramp[i] for ramp, (i, _) in zip(ramps, corner)])
+            assert window.shape == sides and window.min() > 0
+            total[tuple(slice(n, n + side) for (_, n), side in zip(corner, sides))] += window
+        assert (total - 1).abs().max() <= 1e-12
+
+
+def test_each_tile_of_a_stack_is_computed_once():
+    "Tiles are counted, their sizes and places are those of the plan, progress is reported after each."
+    sizes, tile, overlap, multiple = (21, 70, 53), (8, 32, 24), (2, 8, 8), (1, 8, 4)
+    windows, told = [], []
+    image = torch.rand(2, 1, *sizes)
+    run_tiled(lambda part, window: windows.append(window) or part, image, tile, overlap, 1, multiple,
+              callback=lambda *news: told.append(news))
+    sides, starts = plan_tiles(sizes, tile, overlap, multiple)
+    assert windows == [(*corner, *sides) for corner in itertools.product(*starts)]
+    assert len(windows) == math.prod(map(len, starts)) == 4 * 3 * 3
+    assert told == [(i + 1, len(windows)) for i in range(len(windows))]
+    assert all(n % m == 0 for window in windows for n, m in zip(window, multiple * 2))
+    assert [first[-1] + side for first, side in zip(starts, sides)] == [21, 72, 56]
+
+
+@pytest.mark.parametrize("sizes", [(37,), (37, 22), (8, 37, 22)])
+def test_one_tile_is_the_whole_image_to_the_bit(sizes):
+    image, calls = torch.rand(1, 1, *sizes, generator=torch.Generator().manual_seed(3)), []
+
+    def network(part, window):
+        calls.append(window)
+        return part * 3 - part.mean() + window[0]
+
+    out = run_tiled(network, image, 64, 16, multiple=1)
+    assert torch.equal(out, image * 3 - image.mean()) and calls == [(0,) * len(sizes) + sizes]
+
+
+def test_a_stack_in_tiles_that_hold_whole_planes_is_its_planes():
+    "A network that looks within a plane gives the same from z-stack tiles as plane by plane."
+    stack = torch.rand(1, 1, 9, 50, 44, generator=torch.Generator().manual_seed(4))
+    in_plane = lambda part, window: F.conv3d(part, torch.ones(1, 1, 1, 7, 7) / 49, padding=(0, 3, 3))
+    out = run_tiled(in_plane, stack, (4, 24, 24), (1, 8, 8), multiple=(1, 4, 4))
+    planes = torch.stack([run_tiled(blur, plane, 24, 8, multiple=4) for plane in stack[0, 0, :, None, None]])
+    assert (out[0, 0] - planes[:, 0, 0]).abs().max() <= 1e-6
+
+
+def two_dimensional(network, image, tile_px, overlap_px, scale, multiple):
+    "The blend written out for (B,C,H,W) alone, as fluogen 0.1.0 had it: the reference for restored images."
+    H, W = image.shape[-2:]
+    up = lambda n: -(-n // multiple) * multiple
+    side_y, side_x = (min(up(tile_px), up(n)) for n in (H, W))
+    padded = pad_reflect(image, up(H), up(W))
+    tops = tile_starts(up(H), side_y, min(overlap_px, side_y - 1), multiple)
+    lefts = tile_starts(up(W), side_x, min(overlap_px, side_x - 1), multiple)
+    rows, columns = (fade([n * scale for n in starts], side * scale, overlap_px * scale)
+                     for starts, side in ((tops, side_y), (lefts, side_x)))
+    total = 0
+    for (i, top), (j, left) in itertools.product(enumerate(tops), enumerate(lefts)):
+        out = network(padded[..., top:top + side_y, left:left + side_x], (top, left, side_y, side_x))
+        here = torch.zeros(*out.shape[:2], up(H) * scale, up(W) * scale, dtype=torch.float64)
+        here[..., top * scale:(top + side_y) * scale, left * scale:(left + side_x) * scale] = \
+            out * (rows[i][:, None] * columns[j])
+        total = total + here
+    return total[..., :H * scale, :W * scale].float()
+
+
+@pytest.mark.battery
+def test_images_are_blended_as_before_to_the_bit():
+    generator = torch.Generator().manual_seed(5)
+    for H, W, tile, overlap, multiple, scale in CASES[:40]:
+        image = torch.rand(1, 2, H, W, generator=generator)
+        network = lambda part, window: refine(part - part.mean() + 0.1 * window[0] - 0.3 * window[1], (scale, scale))
+        given = network, image, tile, overlap, scale, multiple
+        assert torch.equal(run_tiled(*given), two_dimensional(*given)), given[2:]
+
+
+IDENTITY = lambda part, window: part
+
+
+@pytest.mark.parametrize("sizes, given, message", [
+    ((40, 40), dict(tile_px=16, overlap_px=16), r"overlap must be smaller than the tile \(found 16, expected 0\.\.15"),
+    ((9, 40, 40), dict(tile_px=(4, 16, 16), overlap_px=4), r"smaller than the tile \(found 4, expected 0\.\.3"),
+    ((5, 5), dict(tile_px=64, overlap_px=64), "smaller than the tile"),     # also where one tile would do
+    ((9, 40, 40), dict(tile_px=(16, 16)), r"tile_px: .*\(found 2 numbers, expected 3\)"),
+    ((40, 40), dict(tile_px=16, overlap_px=(1, 4, 4)), "overlap_px: .*found 3 numbers, expected 2"),
+    ((9, 40, 40), dict(scale=(2, 2)), "scale: .*found 2 numbers, expected 3"),
+    ((40,), dict(multiple=(8, 8)), "multiple: .*found 2 numbers, expected 1"),
+    ((40, 40), dict(tile_px=16, overlap_px=8, halo_px=(1,)), "halo_px: .*found 1 numbers, expected 2"),
+    ((40, 40), dict(tile_px=16, overlap_px=8, halo_px=5), r"two halos must fit .*\(8, 8\)"),
+    ((40, 40), dict(tile_px=16, overlap_px=15, halo_px=7), r"two halos must fit .*\(8, 8\)"),   # multiples of 8
+    ((40, 40), dict(tile_px=16.0), "tile_px: not a whole number"), ((40, 40), dict(tile_px=0), "tile_px: not a whole"),
+    ((40, 40), dict(overlap_px=-1), "overlap_px: not a whole number"), ((40, 40), dict(scale=0), "scale: not a whole"),
+    ((), {}, "nothing to cut into tiles"), ((0, 40), {}, "nothing to cut into tiles"),
+    ((40, 40), dict(scale=2), r"returned another size \(found \(40, 40\), expected \(80, 80\)"),
+])
+def test_wrong_input_is_refused_in_one_line(sizes, given, message):
+    with pytest.raises(TilingError, match=message) as refused:
+        run_tiled(IDENTITY, torch.rand(1, 1, *sizes), **{"overlap_px": 0, **given})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_result_that_would_broadcast_is_refused():
+    with pytest.raises(TilingError, match="returned another size"):
+        run_tiled(lambda part, window: part.mean((2, 3), keepdim=True), torch.rand(1, 1, 40, 40), 16, 4)
+
+
 def test_starts():
     rng = random.Random(1)
     for _ in range(2000):
@@ -92,6 +259,10 @@ def test_padding_is_numpys_reflection():
         assert np.array_equal(pad_reflect(torch.from_numpy(image), h + down, w + right).numpy(), want)
     image = torch.rand(1, 1, 5, 5)
     assert pad_reflect(image, 3, 5) is image
+    stack = torch.rand(1, 1, 3, 5, 4)
+    want = np.pad(stack.numpy(), ((0, 0), (0, 0), (0, 9), (0, 0), (0, 3)), mode="reflect")
+    assert np.array_equal(pad_reflect(stack, 12, 2, 7).numpy(), want)
+    assert np.array_equal(pad_reflect(stack, 7).numpy(), want[:, :, :3])
 
 
 def test_fading():
@@ -101,6 +272,8 @@ def test_fading():
     for side, ramp in ((1, 0), (8, 0), (8, 3), (9, 20)):
         weight = fade([0, side // 2], side, ramp)
         assert weight.shape == (2, side) and weight.min() > 0 and weight.max() <= 1
+    first, second = fade([0, 1], 12, 5, halo=2)                     # 13 slices: only the image's ends know both sides
+    assert first[:3].tolist() == [1, 1 / 1.001, 1 / 1.001] and second[-1] == 1 and second[:2].max() < 1e-3
 
 
 # ---- networks that look around
@@ -120,6 +293,28 @@ def test_a_shifted_image_gives_a_shifted_result(shift):
     here, there = (run_tiled(blur, picture, 64, 24, 1, 4) for picture in (image, moved))
     assert (here.roll(shift, (2, 3)) - there)[inside].abs().max() < 0.05
     assert (run_tiled(blur, image, 64, 24, 1, 4) - blur(image))[inside].abs().max() < 0.05
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_halo_of_the_receptive_field_makes_tiles_agree_with_the_whole(axes):
+    "A mean over 5 pixels per axis sees 2 pixels far; in the halo a thousandth of the edge error may stay, per axis."
+    sizes, tile = ((90,), (45, 50), (13, 30, 26))[axes - 1], (24, 20, 9)[axes - 1]
+    image = torch.rand(1, 1, *sizes, generator=torch.Generator().manual_seed(6))
+    convolve, kernel = (F.conv1d, F.conv2d, F.conv3d)[axes - 1], torch.full((1, 1, *[5] * axes), 5.0**-axes)
+    network = lambda part, window=None: convolve(part, kernel, padding=2)
+    error = [float((run_tiled(network, image, tile, 4, multiple=1, halo_px=halo) - network(image)).abs().max())
+             for halo in (0, 2)]
+    assert error[1] <= 1e-3 * axes < error[0]
+    other = run_tiled(network, image, tile + 3, 5, multiple=1, halo_px=2)       # another tiling, the same result
+    assert (other - network(image)).abs().max() <= 1e-3 * axes
+
+
+def test_a_halo_counts_input_pixels_along_each_axis():
+    image = torch.rand(1, 1, 30, 34, generator=torch.Generator().manual_seed(7))
+    fine = lambda part, window=None: refine(F.conv2d(part, torch.ones(1, 1, 1, 5) / 5, padding=(0, 2)), (1, 2))
+    error = [float((run_tiled(fine, image, 14, 4, (1, 2), 1, halo_px=halo) - fine(image)).abs().max())
+             for halo in ((2, 0), (0, 2))]
+    assert error[1] <= 1e-3 < error[0]
 
 
 @pytest.fixture(scope="module")

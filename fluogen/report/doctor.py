@@ -82,7 +82,7 @@ def examine() -> Iterator[Fact]:
     yield from packages
     if any(fact.missing for fact in packages):      # without torch there is nothing to try
         return
-    from fluogen.tasks.memory import free_bytes
+    from fluogen.tasks.tiling import free_bytes
     free = free_bytes()
     yield try_device()
     yield Fact("memory", f"{free / 2**30:.1f} GiB free" if free is not None else "not known here")

@@ -23,7 +23,7 @@ from ..diffusion.quantiles import run_three_chains, with_heads
 from ..diffusion.sampler import NoiseField
 from ..diffusion.schedule import GRIDS
 from .intervals import SIDE, Field, measured_unit, restore_sets
-from .memory import TileSide
+from .tiling import TileSide
 from .open_images import may_learn
 from .restore import PlanePasses
 from .settings import RestoreSettings

@@ -22,7 +22,7 @@ from ..data.files import ImageReadError, ImageWriteError, check_writable, sweep_
 from ..data.io import Image, read_image, write_image
 from ..data.labels import LABEL_NORMS
 from ..diffusion.zoo import Weights
-from .memory import free_bytes
+from .tiling import free_bytes
 from .restore import describe_run, list_planes, restore_image
 from .settings import RestoreError, RestoreSettings, check_weights, fill_camera
 

@@ -22,7 +22,7 @@ from ..data.stabilise import STABLE
 from ..diffusion.quantiles import IntervalChain, restore_direct_interval, with_heads
 from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, ZooError, find_weights, list_weights, load_weights
-from .memory import TileSide
+from .tiling import TileSide
 from .restore import PlanePasses, light_range, show_plane, walk_chains
 from .settings import RestoreSettings, check_weights, fill_camera
 from ..uncertainty.calibration import calibrate_stream

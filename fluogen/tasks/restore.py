@@ -27,9 +27,8 @@ from ..diffusion.direct import restore_direct
 from ..diffusion.sampler import SAMPLERS, NoiseField
 from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, load_weights
-from .memory import TileSide, check_memory, picture_bytes, tile_bytes
 from .settings import RestoreError, RestoreSettings, check_weights, fill_camera, load_for_task
-from .tiling import pad_reflect, run_tiled
+from .tiling import TileSide, check_memory, pad_reflect, picture_bytes, run_tiled, tile_bytes
 
 # %% ../../nbs/lib/tasks/10_restore.ipynb #39781ce9
 _all_ = ["RestoreError", "RestoreSettings", "load_for_task"]
