@@ -110,4 +110,5 @@ def resolve(
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise FluogenError("a table names a function that is not there", where=name, found=error, expected="package.module:function") from error
+        raise FluogenError("a table names a function that is not there", where=name, found=error,
+                           expected="package.module:function") from error
