@@ -345,11 +345,11 @@ def unpack_lzw(
         at = int(place[marks[0]] + width[marks[0]])
     return b""
 
-# %% ../../nbs/lib/data/07_tiff_pages.ipynb #4fc3f8d7
+# %% ../../nbs/lib/data/07_tiff_pages.ipynb #7053c80a
 def unpack_packbits(data: bytes, size: int) -> bytes:
     "PackBits: after a byte n < 128 come n + 1 bytes as they are, after n > 128 one to repeat 257 - n times."
-    out, at, idle = bytearray(), 0, 0
-    while at < len(data) and len(out) <= size and idle <= size:         # 128 does nothing, and not without end
+    out, at, idle, limit = bytearray(), 0, 0, 64 + size // 64           # 128 does nothing, and not without end
+    while at < len(data) and len(out) <= size and idle <= limit:
         n = data[at]
         if n < 128:
             out += data[at + 1: at + 2 + n]
@@ -357,7 +357,7 @@ def unpack_packbits(data: bytes, size: int) -> bytes:
         else:
             out += data[at + 1: at + 2] * (257 - n if n > 128 else 0)
             at, idle = at + (2 if n > 128 else 1), idle + (n == 128)
-    return bytes(out) if idle <= size else b""
+    return bytes(out) if idle <= limit else b""
 
 
 def inflate(data: bytes, size: int) -> bytes:
