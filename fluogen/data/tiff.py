@@ -35,7 +35,7 @@ class Series:
 class Contradiction(ImageReadError):
     "Description and pages of a file do not agree; `axes=` reads the pages."
     def __init__(self, file: CheckedFile, what: str, found, expected):
-        hint = 'If the pages are right, say what they are, e.g. axes="TYX".'
+        hint = 'If the pages are right, say what they are, e.g. axes="TYX", or --axes TYX.'
         super().__init__(what, file.path, found, expected, hint)
 
 
@@ -103,8 +103,8 @@ def _leave_aside(file: CheckedFile, why: str) -> None:
 
 def read_ome(file: CheckedFile, pages: list[Page], text: str) -> list[Series]:
     "All images of an OME-TIFF that lie in this file, each page in one of them; other XML describes no pages."
-    if "<!DOCTYPE" in text or "<!ENTITY" in text or len(text) > 2**24:
-        raise file.error("OME-XML that defines its own entities, or is larger than 16 MB, is not read")
+    if "<!DOCTYPE" in text or "<!ENTITY" in text or len(text) > 2**24 or text.count("<") > 10**6:
+        raise file.error("OME-XML that defines its own entities, or of more than a million elements, is not read")
     try:
         root = ET.fromstring(text)
     except ET.ParseError as error:
@@ -117,7 +117,7 @@ def read_ome(file: CheckedFile, pages: list[Page], text: str) -> list[Series]:
     for pixels in (p for image in _children(root, "Image") for p in _children(image, "Pixels")):
         try:
             planes = _ome_planes(file, pixels, root.get("UUID"), len(used))
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise Contradiction(file, _OME, error, "sizes and an order of axes, each plane once") from None
         if planes:
             found.append((pixels, *planes))

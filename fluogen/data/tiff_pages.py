@@ -6,7 +6,7 @@
 __all__ = ['MAX_PAGES', 'MAX_TAGS', 'COMPRESSIONS', 'Page', 'Tiff', 'read_structure', 'check_unused', 'unpack_lzw',
            'unpack_packbits', 'inflate', 'undo_float_differences', 'unpack_segment', 'decode_page']
 
-# %% ../../nbs/lib/data/07_tiff_pages.ipynb #455c3717
+# %% ../../nbs/lib/data/07_tiff_pages.ipynb #228578ea
 import copy
 import json
 import logging
@@ -14,10 +14,10 @@ import math
 import re
 import struct
 import threading
-import xml.etree.ElementTree as ET
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from xml.parsers import expat
 
 import numpy as np
 
@@ -45,24 +45,25 @@ def _check_tags(file: CheckedFile, layout: str, raw: bytes, places: list) -> dic
         tags.setdefault(code, (kind, count))
     return tags
 
-# %% ../../nbs/lib/data/07_tiff_pages.ipynb #9fea67e9
-def _walk(file: CheckedFile, order: str, big: bool, offset: int, seen: set, places: list) -> dict:
-    "The directories of a chain: `{offset: tags}`; `seen` and `places` grow."
+# %% ../../nbs/lib/data/07_tiff_pages.ipynb #613baf72
+def _walk(file: CheckedFile, order: str, big: bool, starts: list, seen: set, places: list) -> dict:
+    "The directories of the chains that begin at `starts`: `{offset: tags}`; `seen` and `places` grow."
     head, layout, pointer = (order + part for part in (("Q", "HHQQ", "Q") if big else ("H", "HHII", "I")))
     raws, step, width, tail = {}, struct.calcsize(layout), struct.calcsize(head), struct.calcsize(pointer)
-    while offset:
-        if offset in seen:
-            raise file.error("the TIFF's pages form a circle", f"page at byte {offset} twice")
-        if len(seen) >= MAX_PAGES:
-            raise file.error("too many pages in the TIFF", expected=f"at most {MAX_PAGES}",
-                             hint="Split the time series or convert it to OME-Zarr.")
-        count, = file.unpack(head, offset, "a TIFF page")
-        if not 1 <= count <= MAX_TAGS:
-            raise file.error("impossible number of TIFF tags", count, f"1 to {MAX_TAGS}")
-        raws[offset] = raw = file.read(offset + width, count * step + tail, "a TIFF page")
-        seen.add(offset)
-        places.append((offset, width + len(raw)))
-        offset, = struct.unpack(pointer, raw[-tail:])
+    for offset in starts:
+        while offset:
+            if offset in seen:
+                raise file.error("the TIFF's pages form a circle", f"page at byte {offset} twice")
+            if len(seen) >= MAX_PAGES:
+                raise file.error("too many pages in the TIFF", expected=f"at most {MAX_PAGES}",
+                                 hint="Split the time series or convert it to OME-Zarr.")
+            count, = file.unpack(head, offset, "a TIFF page")
+            if not 1 <= count <= MAX_TAGS:
+                raise file.error("impossible number of TIFF tags", count, f"1 to {MAX_TAGS}")
+            raws[offset] = raw = file.read(offset + width, count * step + tail, "a TIFF page")
+            seen.add(offset)
+            places.append((offset, width + len(raw)))
+            offset, = struct.unpack(pointer, raw[-tail:])
     found = {offset: _check_tags(file, layout, raw[:-tail], places) for offset, raw in raws.items()}
     if sum(size for _, size in places) > 2**28 + 4 * file.size:             # each is read once
         raise file.error("the TIFF's pages share their tags too often to be read")
@@ -247,7 +248,7 @@ def read_structure(file: CheckedFile) -> Tiff:
         raise file.error("not a TIFF, or truncated", f"{file.size} bytes, version {version}", "42 or 43")
     first, = file.unpack(order + ("Q" if big else "I"), 8 if big else 4)
     seen, places = set(), [(0, 16 if big else 8)]
-    main = _walk(file, order, big, first, seen, places)
+    main = _walk(file, order, big, [first], seen, places)
     if not main:
         raise file.error("the TIFF has no page")
     with _listen(file):
@@ -259,8 +260,8 @@ def read_structure(file: CheckedFile) -> Tiff:
             return _read_page(file, tags, tifffile.TiffPage(parser, 0))
 
         pages = [read(*item) for item in main.items()]
-        inner = [read(*item) for p in pages for offset in p.frame.subifds or ()     # overviews: checked, not used
-                 for item in _walk(file, order, big, offset, seen, places).items()]
+        below = [offset for p in pages for offset in p.frame.subifds or ()]         # overviews: checked, not used
+        inner = [read(*item) for item in _walk(file, order, big, below, seen, places).items()]
     stored = _segments(pages + inner)
     free, left = (int(np.diff(_find_gaps(file.size, some)).sum()) for some in (places, places + stored))
     if free - left != sum(count for _, count in stored):                    # tags may share values, as ImageJ's do
@@ -269,15 +270,17 @@ def read_structure(file: CheckedFile) -> Tiff:
     full = [p for p in pages if not (p.frame.subfiletype & 1 and math.prod(p.shape) < largest)]
     return Tiff(full, big, places + stored)
 
-# %% ../../nbs/lib/data/07_tiff_pages.ipynb #ce5b76ce
+# %% ../../nbs/lib/data/07_tiff_pages.ipynb #2dbe8d66
 def _is_text(data: bytes) -> bool:
     "Is this padding with zeros, or whole JSON or XML? Lost planes are neither."
     begin = re.search(rb"[<{[]", data[:64])              # after the few bytes that some writers leave
     data = data[begin.start() if begin else 64:].strip(b"\0 \r\n\t")
     try:
-        return not data or (json.loads(data) if data[:1] in b"{[" else ET.fromstring(data)) is not None
-    except (ValueError, ET.ParseError, RecursionError):
+        if data:
+            json.loads(data) if data[:1] in b"{[" else expat.ParserCreate().Parse(data, True)
+    except (ValueError, expat.ExpatError, RecursionError):
         return False
+    return True
 
 
 def check_unused(file: CheckedFile, tiff: Tiff, shown: list[Page]) -> None:
