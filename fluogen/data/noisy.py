@@ -41,7 +41,8 @@ def expose(
     counts = detect(electrons, cameras, generator)
     shown, truth = [], []
     for one, light, camera in zip(counts[:, 0].cpu().numpy(), electrons.cpu().numpy(), cameras):
-        believed = NoiseModel.from_camera(camera.gain * float(np.exp(jitter * rng.standard_normal())), camera.offset_counts, camera.read_noise)
+        believed = NoiseModel.from_camera(camera.gain * float(np.exp(jitter * rng.standard_normal())), camera.offset_counts,
+                                          camera.read_noise)
         planes, levels = show_noisy(one, believed)
         shown.append(planes)
         truth.append(levels.to_light(camera.offset_counts + camera.gain * light))

@@ -49,7 +49,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Benchmark:
-    "What is compared, and on what: methods by name, the learner of each, and the pairs that each learns from. Functions of a module, so that processes find them."
+    "What is compared, and on what; the functions are those of a module, so that other processes find them."
     methods: dict[str, Method]
     build_learner: Callable             # (method, seed) -> learner, before it has seen a pair
     draw_pairs: Callable                # (method, seed, n_pairs, dataset) -> pairs to learn from, pairs to stop by

@@ -273,7 +273,8 @@ def adapt(
     made = Adapted(name, folder, float((-10 * enlarged.log10()).mean()), before, after,
                    len(training), len(held), result.step, find_alarm(before, after, values))
     keep_adapted(made, fitter, weights, base, source, config, camera, free)
-    if task == "denoise" and (more := expect_gain(weights.config.get("facts", {}).get("expected_gain"), len(pairs), sum(r.split != "test" for r in records))):
+    gains = weights.config.get("facts", {}).get("expected_gain")
+    if task == "denoise" and (more := expect_gain(gains, len(pairs), sum(r.split != "test" for r in records))):
         say(more)
     return made
 
