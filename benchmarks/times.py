@@ -72,7 +72,8 @@ def damaged_files():
     from damaged import make_attacks, make_seeds
     from test_io import damaged_copy
     from fluogen.core import make_rng
-    from fluogen.data.io import ImageReadError, read_image
+    from fluogen.io.files import ImageReadError
+    from fluogen.io.image import read_image
 
     def seconds(path, **options):
         began = process_time()

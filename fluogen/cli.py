@@ -59,8 +59,8 @@ def run_restore(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #5b1c0c01
 def run_support(args) -> int:
     "Mark what a recording does not support of a denoised image."
-    from fluogen.data.files import check_writable
-    from fluogen.data.io import write_image
+    from fluogen.io.files import check_writable
+    from fluogen.io.image import write_image
     from fluogen.tasks.marks import mark_files
     if args.map:
         check_writable(args.map)
@@ -75,7 +75,7 @@ def run_support(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #34f5f178
 def run_generate(args) -> int:
     "Pictures from prompts, each in a file of its own that says it is synthetic."
-    from fluogen.data.files import check_writable
+    from fluogen.io.files import check_writable
     from fluogen.diffusion.zoo import load_weights
     from fluogen.tasks.generate import GenerateSettings, generate_files
     settings = GenerateSettings(args.steps, args.sampler, args.grid, args.guidance, args.size, args.seed)
@@ -119,7 +119,7 @@ def run_weights(args) -> int:
 def run_check(args) -> int:
     "Report on a data set; exit code 1 when something must be mended."
     from fluogen.data.check import check_data
-    from fluogen.data.files import check_writable
+    from fluogen.io.files import check_writable
     from fluogen.data.manifest import check_replaceable, stamp_sha256, write_manifest
     from fluogen.data.mend import mend_shifts, next_step
     source = Path(args.input)
@@ -168,7 +168,7 @@ def run_finetune(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #217cb099
 def run_calibrate(args) -> int:
     "Calibrate intervals on one's own pairs, and say in words what may be relied on."
-    from fluogen.data.files import check_writable
+    from fluogen.io.files import check_writable
     from fluogen.data.registry import load_dataset
     from fluogen.tasks.certified import calibrate_source, choose_family
     from fluogen.tasks.intervals import HEADED, load_heads

@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image as PILImage
 
 from fluogen.core import make_rng
-from fluogen.data.io import write_image
+from fluogen.io.image import write_image
 
 
 def make_seeds(folder: Path) -> dict[str, Path]:

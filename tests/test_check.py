@@ -15,7 +15,8 @@ from scipy.ndimage import zoom
 from fluogen.cli import main
 from fluogen.core import FluogenError
 from fluogen.data.check import ADVICE, check_data
-from fluogen.data.io import ImageReadError, read_image, read_plane, write_image
+from fluogen.io.files import ImageReadError
+from fluogen.io.image import read_image, read_plane, write_image
 from fluogen.data.lint import KINDS
 from fluogen.data.manifest import read_manifest, write_manifest
 from fluogen.data.mend import mend_shifts, next_step

@@ -12,7 +12,7 @@ from counts import Operations, files_opened
 from toys import save_toy
 
 from fluogen import cli, say
-from fluogen.data.io import read_image, write_image
+from fluogen.io.image import read_image, write_image
 from fluogen.diffusion import zoo
 from fluogen.report import doctor
 

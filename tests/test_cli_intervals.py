@@ -9,7 +9,7 @@ from test_intervals import draw_pair, write_pairs
 from toys import save_interval_toy, save_toy
 
 from fluogen.cli import main
-from fluogen.data.io import read_image, write_image
+from fluogen.io.image import read_image, write_image
 from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks import heads
 from fluogen.tasks.certified import unseen_pairs

@@ -8,7 +8,7 @@ import torch
 
 from fluogen.cli import main
 from fluogen.core import FluogenError, hash_array, make_rng
-from fluogen.data.io import read_image, write_image
+from fluogen.io.image import read_image, write_image
 from fluogen.data.noise import NoiseModel
 from fluogen.data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
 from fluogen.data.pairs import simulate_clean
@@ -25,7 +25,8 @@ from fluogen.tasks.denoisers import hide_pixels
 from fluogen.tasks.finetune import ControlFitter
 from fluogen.tasks.noisy_pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.tasks.own_pairs import adapt, read_pairs
-from fluogen.tasks.restore import RestoreError, RestoreSettings, restore_image, restore_unit
+from fluogen.tasks.restore import restore_image, restore_unit
+from fluogen.tasks.settings import RestoreError, RestoreSettings
 from fluogen.tasks.scenes import Rounds
 from toys import PROMPTS, TINY, shake
 

@@ -12,7 +12,7 @@ from toys import CARD, TINY
 
 from fluogen.cli import main
 from fluogen.core import make_rng
-from fluogen.data.io import Image, read_image, write_image
+from fluogen.io.image import Image, read_image, write_image
 from fluogen.data.noisy import EXPOSURES
 from fluogen.data.pairs import simulate_clean
 from fluogen.data.registry import load_dataset

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fluogen.core import FluogenError
-from fluogen.data.io import write_image
+from fluogen.io.image import write_image
 from fluogen.report.claims import judge
 from fluogen.tasks import bench30, fig4, fig4_claims, scoring, thirty
 from fluogen.tasks.records import RecordError, read_record

@@ -11,7 +11,7 @@ from test_intervals import control_system, draw_fields
 from toys import save_interval_toy
 
 from fluogen.core import make_rng
-from fluogen.data.io import write_image
+from fluogen.io.image import write_image
 from fluogen.data.microscopes import HELD_OUT, TRAIN, list_overlaps
 from fluogen.diffusion.zoo import load_weights
 from fluogen.report.claims import judge

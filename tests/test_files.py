@@ -8,11 +8,11 @@ import time
 import pytest
 
 from fluogen.core import FluogenError, make_rng
-from fluogen.data.files import CheckedFile, ImageReadError, atomic_write, check_writable, hash_file, sweep_temporaries
+from fluogen.io.files import CheckedFile, ImageReadError, atomic_write, check_writable, hash_file, sweep_temporaries
 
 WRITER = """
 import sys
-from fluogen.data.files import atomic_write
+from fluogen.io.files import atomic_write
 print("ready", flush=True)
 number = 0
 while True:

@@ -7,7 +7,7 @@ import torch
 from toys import make_weights, save_interval_toy, save_toy, shake
 
 from fluogen.core import make_rng
-from fluogen.data.io import Image, read_image, write_image
+from fluogen.io.image import Image, read_image, write_image
 from fluogen.diffusion.quantiles import HeadsConfig, QuantileHeads
 from fluogen.diffusion.zoo import Weights, load_weights
 from fluogen.tasks import certified, heads, intervals
@@ -82,7 +82,8 @@ def test_control_families_stand_around_the_mean_of_the_samples(family):
 def test_spread_is_the_standard_deviation():
     weights, own = control_system()
     unit, many = torch.rand(1, 8, 8), RestoreSettings(samples=3, passes=1)
-    from fluogen.tasks.restore import PlanePasses, TileSide, walk_chains
+    from fluogen.tasks.restore import PlanePasses, walk_chains
+    from fluogen.tasks.tiling import TileSide
     chains = torch.stack(list(walk_chains(PlanePasses(unit, weights, many, TileSide(256)), many, "k")))
     mean, lower, _ = restore_sets(unit, weights, many, "k", family="spread")
     assert torch.allclose(mean - lower, chains.std(0).clamp_min(SIDE), atol=1e-5)

@@ -220,7 +220,7 @@ def test_an_estimated_model_stabilises_a_picture(light):
 @pytest.mark.skipif(not FMD.is_dir(), reason="the FMD frames are not on this machine")
 def test_real_frames():
     "One image against four frames of it; widefield noise is shared by neighbours there and has to be refused."
-    from fluogen.data.io import read_image
+    from fluogen.io.image import read_image
     compared = []
     for first in sorted((FMD / "raw").glob("*_1.png")):
         scene = first.name[:-6]

@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 
 from fluogen.cli import main
 from fluogen.core import FluogenError
-from fluogen.data.io import read_image, write_image
+from fluogen.io.image import read_image, write_image
 from fluogen.data.pairs import simulate_pairs
 from fluogen.data.registry import load_dataset
 from fluogen.diffusion.zoo import load_weights

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluogen.data.io import Image, write_image
+from fluogen.io.image import Image, write_image
 from fluogen.data.pairs import simulate_targets
 from fluogen.data.record import Record
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig

@@ -4,7 +4,9 @@ import json
 import pytest
 
 from fluogen.tasks import records
-from fluogen.tasks.records import RecordError, describe_bench, find_record, is_comparable, join_record, keep_once, keep_record, read_record, score_row
+from fluogen.io.files import write_json, write_json_once
+from fluogen.tasks.records import (
+    RecordError, describe_bench, find_record, is_comparable, join_record, read_record, score_row)
 
 
 @pytest.fixture
@@ -15,9 +17,9 @@ def shelves(monkeypatch, tmp_path):
 
 
 def test_the_first_shelf_counts(shelves):
-    keep_record(shelves[1] / "bench" / "scores.json", {"from": "cache"})
+    write_json(shelves[1] / "bench" / "scores.json", {"from": "cache"})
     assert find_record("bench") == {"from": "cache"} and find_record("bench", "real") is None
-    keep_record(shelves[0] / "bench" / "scores.json", {"from": "package"})
+    write_json(shelves[0] / "bench" / "scores.json", {"from": "package"})
     assert read_record("bench", "bench30") == {"from": "package"}
 
 
@@ -30,11 +32,11 @@ def test_what_is_missing_names_its_recipe(shelves):
 def test_a_failure_leaves_nothing_and_is_not_kept(tmp_path):
     path = tmp_path / "fit" / "scores.json"
     with pytest.raises(ZeroDivisionError):
-        keep_once(path, lambda: 1 / 0)
+        write_json_once(path, lambda: 1 / 0)
     with pytest.raises(TypeError):
-        keep_record(path, {"not JSON": object()})
+        write_json(path, {"not JSON": object()})
     assert list(tmp_path.rglob("*.json")) == []
-    assert keep_once(path, lambda: [1]) == keep_once(path, lambda: [2]) == [1]
+    assert write_json_once(path, lambda: [1]) == write_json_once(path, lambda: [2]) == [1]
 
 
 def test_rows_are_by_field_and_the_record_is_json():

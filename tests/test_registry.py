@@ -17,7 +17,7 @@ from fluogen.core import FluogenError, find_root
 from fluogen.data import download as download_module
 from fluogen.data.download import DownloadError, cache_folder, download_dataset, download_file, unpack
 from fluogen.data.lint import lint
-from fluogen.data.manifest import ManifestError
+from fluogen.data.record import ManifestError
 from fluogen.data.registry import (MissingDataError, RegistryError, find_dataset, find_entry, list_datasets,
                                    load_dataset, read_entry)
 

@@ -13,7 +13,7 @@ import torch
 from toys import NoNoise, make_weights, save_toy
 
 from fluogen.core import FluogenError
-from fluogen.data.io import Image, read_image, write_image
+from fluogen.io.image import Image, read_image, write_image
 from fluogen.diffusion.direct import upsample
 from fluogen.diffusion.zoo import ZooError, load_weights
 from fluogen.tasks import folders, restore, tiling
@@ -381,7 +381,7 @@ PEAK = """
 import resource, sys, numpy as np
 sys.path.insert(0, {here!r})
 import toys
-from fluogen.data.io import Image
+from fluogen.io.image import Image
 from fluogen.tasks.restore import restore_image
 image = Image(np.random.default_rng(0).poisson(300, (1536, 2048)).astype(np.uint16), "YX")
 light = toys.BackboneConfig.tiny(attention_levels=(), mid_attention=False, stem="unshuffle2")
@@ -497,7 +497,7 @@ def test_a_full_disk_leaves_nothing(toy, tmp_path, monkeypatch):
     source, target = write_image(tmp_path / "raw.tif", make_image(20, 20)), tmp_path / "out" / "a.tif"
     restore_file(source, target, toy, MEAN)
     before = target.read_bytes()
-    from fluogen.data import files
+    from fluogen.io import files
     real, count = files._flush, []
 
     def full(path):

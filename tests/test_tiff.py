@@ -10,8 +10,8 @@ import tifffile
 
 from damaged import make_tiff, page_tags
 from fluogen.core import make_rng
-from fluogen.data.files import ImageReadError
-from fluogen.data.io import read_image
+from fluogen.io.files import ImageReadError
+from fluogen.io.image import read_image
 
 PLANES = make_rng(0, "tiff").integers(1, 4096, (4, 24, 32), dtype=np.uint16)
 OME = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
@@ -145,7 +145,7 @@ def test_units_per_axis_and_in_another_encoding(tmp_path):
 
 def test_bytes_that_do_nothing_are_bounded(tmp_path):
     "PackBits of no-ops, and LZW with a clear code after each code: counted, not timed."
-    from fluogen.data.tiff_pages import unpack_lzw, unpack_packbits
+    from fluogen.io.tiff_pages import unpack_lzw, unpack_packbits
     assert unpack_packbits(b"\x80" * 2**20 + b"\x02abc", 3) == b""
     bits = "".join(f"{256:09b}{65:09b}" for _ in range(500)) + f"{257:09b}"
     data = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from toys import CARD, make_weights, save_toy
 
 from fluogen.core import FluogenError
-from fluogen.data import files
+from fluogen.io import files
 from fluogen.diffusion import zoo
 from fluogen.diffusion.packing import PackingError
 from fluogen.diffusion.zoo import CardError, ZooError, describe, find_weights, list_weights, load_weights, save_weights

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from ..core import FluogenError
-from .axes import NO_AXES
+from ..io.axes import NO_AXES
 from .facts import Facts, are_strangers, examine_image
-from .files import hash_file
-from .io import read_plane
+from ..io.files import hash_file
+from ..io.image import read_plane
 from .lint import Finding, lint
 from .record import Record
 from .register import PairError, Shift, measure_shift

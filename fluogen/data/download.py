@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..core import FluogenError
-from .files import atomic_write, hash_file
+from ..io.files import atomic_write, hash_file
 
 # %% ../../nbs/lib/data/21_download.ipynb #714e6e23
 class DownloadError(FluogenError):

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.ndimage import convolve, gaussian_filter
 
 from ..core import hash_array
-from .io import read_plane
+from ..io.image import read_plane
 from .labels import is_label_map
 
 # %% ../../nbs/lib/data/56_facts.ipynb #277dec1c

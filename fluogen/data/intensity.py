@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import ImageReadError
+from ..io.files import ImageReadError
 
 # %% ../../nbs/lib/data/13_intensity.ipynb #1a3c068f
 class IntensityWarning(UserWarning):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from posixpath import normpath
 
-from .files import hash_file
+from ..io.files import hash_file
 from .record import Record
 
 # %% ../../nbs/lib/data/28_lint.ipynb #d0dd4afe

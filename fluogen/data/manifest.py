@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from .files import atomic_write, hash_file
+from ..io.files import atomic_write, hash_file
 from .keymap import KeyMap
 from .record import ManifestError, Record, check_row, make_record, parse_norm
 

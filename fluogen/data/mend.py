@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .check import SLIGHT_PX, Report
-from .io import Image, read_plane, write_image
+from ..io.image import Image, read_plane, write_image
 from .manifest import write_manifest
 from .register import PairError, align_pair
 

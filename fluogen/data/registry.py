@@ -17,7 +17,8 @@ import fluogen
 from ..core import FluogenError, find_root
 from .download import OfflineError, cache_folder, download_dataset
 from .keymap import KeyMap
-from .manifest import Record, read_manifest
+from .manifest import read_manifest
+from .record import Record
 
 # %% ../../nbs/lib/data/22_registry.ipynb #977d104c
 class RegistryError(FluogenError):

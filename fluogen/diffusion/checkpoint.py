@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..core import FluogenError
-from ..data.io import atomic_write, hash_file, sweep_temporaries
+from ..io.files import atomic_write, hash_file, sweep_temporaries
 
 # %% ../../nbs/lib/diffusion/72_checkpoint.ipynb #7c8e544d
 class CheckpointError(FluogenError):

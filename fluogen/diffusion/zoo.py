@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 from ..core import FluogenError
-from ..data.files import atomic_write
+from ..io.files import atomic_write
 from .backbone import Backbone
 from .control import ControlBranch, ControlConfig
 from .direct import DirectConfig

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core import FluogenError
-from ..data.files import atomic_write
+from ..io.files import atomic_write
 
 # %% ../../nbs/lib/report/20_claims.ipynb #9ace5ae2
 class ClaimError(FluogenError):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import FluogenError
-from ..data.files import atomic_write, check_writable
+from ..io.files import atomic_write, check_writable
 
 # %% ../../nbs/lib/report/10_figure.ipynb #c29f42f7
 class FigureError(FluogenError):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core import FluogenError
 from ..data.check import ADVICE, Report
-from ..data.io import read_image
+from ..io.image import read_image
 from .figure import FigureError, display_range, picture_style
 
 # %% ../../nbs/lib/report/60_sheet.ipynb #f20f2c42

@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 
 from ..core import FluogenError, derive_seed
-from ..data.files import atomic_write
+from ..io.files import atomic_write
 from ..diffusion.backbone import Backbone
 from ..diffusion.checkpoint import load_tensors
-from ..diffusion.session import copy_into
+from ..diffusion.optimise import copy_into
 from ..diffusion.zoo import load_weights
 from .baselines import BASELINES, build_baseline
 from .fewer import count_free
 from .prior import name_hardware
 from .finetune import (ControlFitter, DirectFitter, FitConfig, NetworkFitter, Pairs,
                                      blend_weights, draw_batch, fit)
-from .records import keep_once, keep_record
+from ..io.files import write_json, write_json_once
 from .thirty import draw_thirty
 
 # %% ../../nbs/lib/tasks/50_bench30.ipynb #cdbe05fc
@@ -134,7 +134,7 @@ def run_method(
         raise FluogenError("no such method", where="methods", found=method, expected=", ".join(bench.methods))
     n_pairs = bench.methods[method].n_pairs if n_pairs is None or not bench.methods[method].n_pairs else n_pairs
     if not n_pairs:
-        return keep_once(folder / "result.json", lambda: {"method": method, "seed": seed, "steps": 0})
+        return write_json_once(folder / "result.json", lambda: {"method": method, "seed": seed, "steps": 0})
     config = replace(config or bench.methods[method].config, seed=seed)
     if dataset != "simulated" and config.blend != 1:        # judged on the microscope that the pairs are from: they choose the share
         config = replace(config, blend=None)
@@ -156,7 +156,7 @@ def run_method(
         "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3),
         "parameters": count_free(fitter), "hardware": name_hardware(next(fitter.modules.parameters()).device), "share": fitter.share,
         "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": asdict(config)}
-    keep_record(folder / "result.json", report, 1)
+    write_json(folder / "result.json", report, 1)
     return report
 
 

@@ -27,7 +27,8 @@ from .denoisers import DenoiserError, build_denoiser, denoise_nlm, fit_denoiser,
 from .finetune import DirectFitter, NetworkFitter, Pairs
 from .noisy_thirty import (NoisyFields, list_folds, real_fields, real_pairs, simulate_noisy_thirty,
                                         simulated_fields, split_few)
-from .records import RecordError, describe_bench, join_record, keep_once, score_row, ship_fit
+from ..io.files import write_json_once
+from .records import RecordError, describe_bench, join_record, score_row, ship_fit
 from .recipes import as_pairs
 from .scoring import pack_round_trip
 
@@ -109,7 +110,7 @@ def score_method(method: str, seed: int, folder, dataset: str, n_per_row: int) -
 
 def score_once(job: tuple) -> list[dict]:
     "`score_method` (method, fold or seed, folder, dataset, fields a row), kept beside the fit and not repeated."
-    return keep_once(Path(job[2]) / "scores.json", lambda: score_method(*job))
+    return write_json_once(Path(job[2]) / "scores.json", lambda: score_method(*job))
 
 
 def make_fields(seed: int, dataset: str, n_per_row: int = 2) -> dict[str, NoisyFields]:

@@ -28,7 +28,8 @@ from .denoise import ROWS
 from .fewer import restrict
 from .finetune import Pairs
 from .noisy_thirty import judge_by_truth, split_few
-from .records import join_record, keep_once
+from ..io.files import write_json_once
+from .records import join_record
 from .recipes import as_pairs
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #2df28524
@@ -97,7 +98,7 @@ def score_method(method: str, seed: int, n_pairs: int, folder) -> dict:
 
 def score_once(job: tuple) -> dict:
     "`score_method` (method, seed, pairs, folder), kept beside the fit and not repeated."
-    return keep_once(Path(job[3]) / "scores.json", lambda: score_method(*job))
+    return write_json_once(Path(job[3]) / "scores.json", lambda: score_method(*job))
 
 
 def run_curve(

@@ -21,12 +21,13 @@ from ..diffusion.prompts import WordEncoder
 from ..diffusion.schedule import Schedule, ScheduleConfig
 from ..diffusion.session import load_weights as load_trained
 from ..diffusion.shape import BackboneConfig
-from ..diffusion.train import TrainConfig, train
+from ..diffusion.optimise import TrainConfig
+from ..diffusion.train import train
 from ..diffusion.zoo import load_weights, save_weights
 from ..metrics.pictures import measure_brightness, wasserstein_distance
 from .generate import GenerateSettings, generate
 from .prior import prior_loss, training_facts
-from .records import keep_record
+from ..io.files import write_json
 from .scenes import PAPER_PROMPTS, Rounds, draw_rows, turn
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #663e56ae
@@ -132,12 +133,12 @@ def run_brightness(
             row = {"process": process, "seed": seed, "weights": weights.id,
                    "steps": weights.config["card"]["training"]["steps"],
                    **{key: [round(float(v), 5) for v in values] for key, values in made.items()}}
-            keep_record(done, row)
+            write_json(done, row)
     rows = [json.loads(p.read_text()) for p in sorted(work.glob("*-[0-9]*.json"))]
     data = {name: {key: [round(float(v), 5) for v in values] for key,
                    values in measure_brightness(sample_data(per_prompt, 0, split)).items()}
             for name, split in (("data", "validation"), ("other data", "test"))}
-    return keep_record(out / "brightness" / "scores.json", {
+    return write_json(out / "brightness" / "scores.json", {
         "prompts": list(PAPER_PROMPTS), "per_prompt": per_prompt, "sampling": SAMPLING, "network": NETWORK, "rows": rows, **data}).parent
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #900e93e0

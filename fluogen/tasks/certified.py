@@ -16,7 +16,7 @@ import torch
 
 from ..core import FluogenError, hash_array
 from ..data.intensity import check_numbers
-from ..data.io import Image, read_image
+from ..io.image import Image, read_image
 from ..data.registry import load_dataset
 from ..data.stabilise import STABLE
 from ..diffusion.zoo import Weights

@@ -20,7 +20,8 @@ from ..core import FluogenError, derive_seed, make_rng
 from ..data.pairs import simulate_targets
 from ..data.phantom import STRUCTURES, structure_of
 from ..diffusion.session import load_weights as load_trained
-from ..diffusion.train import TrainConfig, train
+from ..diffusion.optimise import TrainConfig
+from ..diffusion.train import train
 from ..diffusion.zoo import load_weights, save_weights
 from .prior import training_facts
 from .scenes import PAPER_PROMPTS, Rounds, draw_rows, turn

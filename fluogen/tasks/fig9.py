@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, hash_array, make_rng, to_unit
-from ..data.io import read_image
+from ..io.image import read_image
 from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, OpticsRange
 from ..data.pairs import MARGIN_PX, PairBatch, degrade_images, simulate_pairs
 from ..data.phantom import STRUCTURES

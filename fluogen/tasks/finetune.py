@@ -20,7 +20,8 @@ from ..diffusion.direct import DirectConfig, direct_loss, restore_direct
 from ..diffusion.sampler import NoiseField, sample_ddim
 from ..diffusion.schedule import trailing_grid
 from ..diffusion.session import load_weights as load_trained
-from ..diffusion.train import TrainConfig, train
+from ..diffusion.optimise import TrainConfig
+from ..diffusion.train import train
 from .scenes import turn
 
 # %% ../../nbs/lib/tasks/30_finetune.ipynb #57fcfa6f

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import FluogenError
-from ..data.files import ImageReadError, ImageWriteError, check_writable, sweep_temporaries
-from ..data.io import Image, read_image, write_image
+from ..io.files import ImageReadError, ImageWriteError, check_writable, sweep_temporaries
+from ..io.image import Image, read_image, write_image
 from ..data.labels import LABEL_NORMS
 from ..diffusion.zoo import Weights
 from .tiling import free_bytes

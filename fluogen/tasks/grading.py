@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, derive_seed, make_rng
-from ..data.files import atomic_write
+from ..io.files import atomic_write
 from ..data.pairs import simulate_targets
 from ..data.phantom import structure_of
 from ..diffusion.zoo import load_weights
@@ -27,7 +27,7 @@ from ..metrics.pictures import (as_stack, average_over_labels, histogram_distanc
                                       spectrum_distance, wasserstein_distance)
 from .encoder import Encoder, default_encoder, embed
 from .generate import GenerateSettings, check_size, generate
-from .records import keep_record
+from ..io.files import write_json
 from .prior import scenes_seen
 from .scenes import PAPER_PROMPTS, Rounds
 
@@ -189,7 +189,7 @@ def grade_prior(
               "compared": compared,
               "copies": copies, "torch": torch.__version__.split("+")[0], "precision": options.get("precision",
                       "bf16")}
-    keep_record(folder / "scores.json", round_numbers(record))
+    write_json(folder / "scores.json", round_numbers(record))
     return folder
 
 

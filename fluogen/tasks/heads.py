@@ -20,7 +20,8 @@ from ..data.stabilise import STABLE
 from ..diffusion.direct import restore_direct
 from ..diffusion.quantiles import HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss
 from ..diffusion.session import load_weights as load_trained
-from ..diffusion.train import TrainConfig, train
+from ..diffusion.optimise import TrainConfig
+from ..diffusion.train import train
 from ..diffusion.zoo import Weights, load_weights, save_weights
 from .exposed import PHOTONS, exposed_batch, exposed_fields, miss_by_exposure
 from .finetune import drop_some

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.io import Image, read_image
+from ..io.image import Image, read_image
 from ..data.noise import NoiseError, NoiseModel, estimate_noise
 from .restore import CAMERA
 from .settings import RestoreError

@@ -16,7 +16,7 @@ import torch
 
 from ..core import choose_device, make_generator, to_model
 from ..data.intensity import scale_to_unit
-from ..data.io import read_image
+from ..io.image import read_image
 from ..data.labels import LABEL_NORMS, show_labels
 from ..diffusion.control import ControlConfig
 from ..diffusion.zoo import load_weights, save_weights

@@ -13,7 +13,7 @@ import torch
 from ..core import FluogenError
 from ..data.check import BLOCKS, NOISIER, SHIFT_PX
 from ..data.facts import are_strangers, make_thumbnail, measure_blocks, measure_clarity, measure_speckle
-from ..data.io import read_image
+from ..io.image import read_image
 from ..data.noise import NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair
 from ..data.register import measure_shift
 from ..data.stabilise import show_noisy

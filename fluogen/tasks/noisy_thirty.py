@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, derive_seed, hash_array, make_rng
-from ..data.io import read_image
+from ..io.image import read_image
 from ..data.noise import NoiseError
 from ..data.noisy import TEST_EXPOSURES, expose_anyhow
 from ..data.pairs import PairBatch, simulate_clean

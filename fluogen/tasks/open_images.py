@@ -11,7 +11,7 @@ import torch
 
 from ..core import FluogenError, make_rng
 from ..data.intensity import scale_to_unit
-from ..data.io import read_image
+from ..io.image import read_image
 from ..data.registry import load_dataset
 from .scenes import PAPER_PROMPTS, turn
 

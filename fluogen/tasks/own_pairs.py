@@ -20,9 +20,9 @@ import torch
 
 from ..core import FluogenError, choose_device, hash_array, make_rng
 from ..data.check import SHIFT_PX
-from ..data.files import check_writable
+from ..io.files import check_writable
 from ..data.intensity import scale_to_unit
-from ..data.io import read_image, read_plane
+from ..io.image import read_image, read_plane
 from ..data.register import measure_shift
 from ..data.registry import load_dataset
 from ..data.splits import FRACTIONS, reserve

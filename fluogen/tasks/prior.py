@@ -21,7 +21,8 @@ from ..diffusion.prompts import WordEncoder, drop_prompts
 from ..diffusion.schedule import Schedule, ScheduleConfig
 from ..diffusion.session import load_weights as load_trained
 from ..diffusion.shape import BackboneConfig
-from ..diffusion.train import TrainConfig, train
+from ..diffusion.optimise import TrainConfig
+from ..diffusion.train import train
 from ..diffusion.zoo import list_weights, load_weights, save_weights
 from .open_images import draw_crop, licences, open_images
 from .scenes import OTHER_STRUCTURES, PAPER_PROMPTS, SR_STRUCTURES, Rounds, draw_rows, turn

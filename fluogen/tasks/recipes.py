@@ -17,7 +17,8 @@ from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..data.pairs import simulate_pairs
 from ..data.phantom import STRUCTURES
 from ..diffusion.backbone import Backbone
-from ..diffusion.train import TrainConfig, train
+from ..diffusion.optimise import TrainConfig
+from ..diffusion.train import train
 from ..diffusion.zoo import CARD_KEYS, load_weights, save_weights
 from .finetune import ControlFitter, DirectFitter, Pairs, draw_batch, validation_psnr
 from .prior import RecipeError, training_facts

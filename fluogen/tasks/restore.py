@@ -17,9 +17,9 @@ import torch
 
 from .. import __version__
 from ..core import hash_array, to_unit
-from ..data.files import ImageReadError
+from ..io.files import ImageReadError
 from ..data.intensity import scale_to_unit
-from ..data.io import Image
+from ..io.image import Image
 from ..data.labels import LABEL_NORMS, LabelError, show_labels
 from ..data.noise import SMALL, NoiseError, NoiseModel, estimate_noise
 from ..data.stabilise import STABLE, hold_light, show_noisy

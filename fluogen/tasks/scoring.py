@@ -26,7 +26,8 @@ from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_decon
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, SR_BENCH, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
 from .recipes import as_pairs
-from .records import RecordError, describe_bench, join_record, keep_once, score_row, ship_fit
+from ..io.files import write_json_once
+from .records import RecordError, describe_bench, join_record, score_row, ship_fit
 from .thirty import draw_fields, half_of, make_thirty, split_thirty
 
 # %% ../../nbs/lib/tasks/60_scoring.ipynb #7e7adbb5
@@ -123,7 +124,7 @@ def score_method(method: str, seed: int, folder, fields: dict) -> list[dict]:
 
 def score_once(job: tuple) -> list[dict]:
     "`score_method`, kept beside the fit and not repeated."
-    return keep_once(Path(job[2]) / "scores.json", lambda: score_method(*job))
+    return write_json_once(Path(job[2]) / "scores.json", lambda: score_method(*job))
 
 
 def make_fields(seed: int, n_per_structure: int, dataset: str = "simulated", raw_frames: bool = False) -> dict[str, PairBatch]:

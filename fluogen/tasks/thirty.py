@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, derive_seed, make_rng
-from ..data.io import read_image
+from ..io.image import read_image
 from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..data.pairs import MARGIN_PX, PairBatch, degrade_images, simulate_pairs
 from ..data.registry import load_dataset

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from .. import __version__
-from ..data.files import atomic_write
+from ..io.files import atomic_write
 from .families import CalibrationError, check_sets, scale_sets
 
 # %% ../../nbs/lib/uncertainty/25_certificate.ipynb #e1ec2f8f
