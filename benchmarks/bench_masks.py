@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from fluogen.data.labels import LABEL_NORMS, show_labels
+from fluogen.preprocessing.labels import LABEL_NORMS, show_labels
 from fluogen.data.pairs import simulate_targets
 from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks.finetune import Pairs, fit

@@ -15,7 +15,7 @@ from fluogen.tasks.bench30 import BENCH_CONFIG, TUNE_CONFIG
 from fluogen.tasks.bench_denoise import compare, score_fields, table_of
 from fluogen.tasks.records import score_row
 from fluogen.tasks.denoise import psnr_light
-from fluogen.data.stabilise import noisy_light
+from fluogen.preprocessing.anscombe import noisy_light
 from fluogen.tasks.noisy_thirty import judge_by_truth, list_folds, real_fields, real_pairs, real_rows, simulate_noisy_thirty, split_few
 
 SHORT = replace(BENCH_CONFIG, steps=2, batch=2, crop_px=32, validate_every=2, precision="fp32")

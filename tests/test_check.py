@@ -21,7 +21,7 @@ from fluogen.data.lint import KINDS
 from fluogen.data.manifest import read_manifest, write_manifest
 from fluogen.data.mend import mend_shifts, next_step
 from fluogen.data.record import Record
-from fluogen.data.register import PairError, align_pair, find_scale, measure_shift
+from fluogen.preprocessing.registration import PairError, align_pair, find_scale, measure_shift
 from fluogen.data.roles import pair_folder
 from fluogen.data.scan import build_manifest
 from fluogen.tasks.bench_pairs import laboratory_pairs

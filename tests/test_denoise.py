@@ -9,10 +9,10 @@ import torch
 from fluogen.cli import main
 from fluogen.core import FluogenError, hash_array, make_rng
 from fluogen.io.image import read_image, write_image
-from fluogen.data.noise import NoiseModel
+from fluogen.preprocessing.noise import NoiseModel
 from fluogen.data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
 from fluogen.data.pairs import simulate_clean
-from fluogen.data.stabilise import hold_light, lighten, noisy_light, show_noisy
+from fluogen.preprocessing.anscombe import hold_light, lighten, noisy_light, show_noisy
 from fluogen.diffusion.backbone import Backbone
 from fluogen.diffusion.control import ControlBranch, ControlConfig
 from fluogen.diffusion.direct import DirectConfig, direct_loss, match_time, restore_direct

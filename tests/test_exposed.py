@@ -16,7 +16,7 @@ from fluogen.io.image import Image, read_image, write_image
 from fluogen.data.noisy import EXPOSURES
 from fluogen.data.pairs import simulate_clean
 from fluogen.data.registry import load_dataset
-from fluogen.data.stabilise import noise_of_light
+from fluogen.preprocessing.anscombe import noise_of_light
 from fluogen.diffusion.backbone import Backbone
 from fluogen.diffusion.quantiles import HeadsConfig, QuantileHeads, noise_scale, restore_direct_interval
 from fluogen.diffusion.zoo import list_weights, load_weights, save_weights

@@ -24,7 +24,7 @@ from damaged import damage, make_attacks, make_seeds, make_tiff, page_tags
 from fluogen.core import make_rng
 from fluogen.io.files import ImageReadError, ImageWriteError, hash_file
 from fluogen.io.image import Image, read_image, write_image
-from fluogen.data.intensity import IntensityWarning, scale_to_counts, scale_to_unit
+from fluogen.preprocessing.normalize import IntensityWarning, scale_to_counts, scale_to_unit
 
 FULL = os.environ.get("FLUOGEN_BATTERY") == "full"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from fluogen.core import FluogenError
 from fluogen.data.keymap import KeyMap, KeyMapError, fill_template
-from fluogen.data.record import NormError
+from fluogen.preprocessing.normalize import NormError
 from fluogen.data.manifest import read_manifest, stamp_sha256, validate, write_manifest
-from fluogen.data.record import ManifestError, Record, parse_norm
+from fluogen.preprocessing.normalize import parse_norm
+from fluogen.data.record import ManifestError, Record
 
 GOOD = {"image": "gt/1.tif", "conditioning_image": "wf/1.tif", "text": "ER of COS-7"}
 

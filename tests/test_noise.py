@@ -8,11 +8,11 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from fluogen.core import make_generator, make_rng
 from fluogen.data.microscopes import TRAIN, draw_setups
-from fluogen.data.noise import (NoiseError, NoiseModel, estimate_noise, estimate_noise_frames,
-                                estimate_noise_pair, points_of_image)
+from fluogen.preprocessing.noise import (
+    NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair, points_of_image)
 from fluogen.data.optics import Camera, bin_to_camera, detect, widefield
 from fluogen.data.phantom import STRUCTURES, render
-from fluogen.data.stabilise import lighten, stabilise
+from fluogen.preprocessing.anscombe import lighten, stabilise
 
 FMD = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "denoise_pairs" / "fmd"
 CAMERA = Camera(offset_counts=100, gain=2.0, read_noise=1.6)

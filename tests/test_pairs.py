@@ -6,8 +6,8 @@ import torch
 from fluogen.core import FluogenError
 from fluogen.data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN, OpticsRange, Setup
 from fluogen.data.optics import Camera, Optics, OpticsError
-from fluogen.data.pairs import (GROUP, RANGES, SPLITS, _expose, degrade_images, find_percentile,
-                                scale_percentile, simulate_pairs, simulate_targets)
+from fluogen.preprocessing.normalize import find_percentile, scale_percentile
+from fluogen.data.pairs import GROUP, RANGES, SPLITS, _expose, degrade_images, simulate_pairs, simulate_targets
 from fluogen.data.phantom import STRUCTURES
 
 SR = ["microtubules", "factin", "er", "ccps"]
@@ -113,7 +113,7 @@ def test_percentile_is_numpys(percent, shape):
 
 
 def test_scaling_is_the_one_users_images_get():
-    intensity = pytest.importorskip("fluogen.data.intensity")
+    intensity = pytest.importorskip("fluogen.preprocessing.normalize")
     dice = torch.Generator().manual_seed(0)
     image = torch.randint(90, 900, (1, 1, 64, 64), generator=dice, dtype=torch.int32)
     expected, _ = intensity.scale_to_unit(image[0, 0].numpy(), "percentile:0.1,99.9", clip=True)

@@ -252,7 +252,7 @@ def test_a_mask_is_no_image(direct):
 
 def test_a_camera_that_cannot_be_and_a_small_field_are_said():
     from fluogen.tasks.restore import show_plane
-    from fluogen.data.noise import NoiseError
+    from fluogen.preprocessing.noise import NoiseError
     rng = np.random.default_rng(0)
     plane = rng.poisson(rng.uniform(100, 300, (4, 4)).repeat(24, 0).repeat(24, 1)).astype(np.uint16)
     with pytest.raises(NoiseError, match="offset lies above the image"):

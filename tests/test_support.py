@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from fluogen.core import make_rng
-from fluogen.data.noise import NoiseModel
+from fluogen.preprocessing.noise import NoiseModel
 from fluogen.uncertainty import support
 from fluogen.uncertainty.support import Forward, SupportError, gaussian_psf, judge_support, make_filters, measure_detection, plant_line
 

@@ -21,7 +21,7 @@ from ..io.files import hash_file
 from ..io.image import read_plane
 from .lint import Finding, lint
 from .record import Record
-from .register import PairError, Shift, measure_shift
+from ..preprocessing.registration import PairError, Shift, measure_shift
 from .registry import Entry, find_dataset
 from .roles import pair_folder
 from .splits import FRACTIONS

@@ -15,7 +15,7 @@ from scipy.ndimage import convolve, gaussian_filter
 
 from ..core import hash_array
 from ..io.image import read_plane
-from .labels import is_label_map
+from ..preprocessing.labels import is_label_map
 
 # %% ../../nbs/lib/data/56_facts.ipynb #277dec1c
 def find_saturation(array) -> float:
@@ -73,7 +73,7 @@ class Facts:
     content: str                    # hash of the pixels
     thumbnail: np.ndarray           # (SIDE * SIDE,) zero mean, length 1
     clarity: float                  # see `measure_clarity`
-    labels: bool = False            # a mask: pieces of equal whole numbers, see `fluogen.data.labels`
+    labels: bool = False            # a mask: pieces of equal whole numbers, see `fluogen.preprocessing.labels`
 
     @property
     def is_plane(self) -> bool: return self.axes == "YX"

@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from ..io.files import atomic_write, hash_file
 from .keymap import KeyMap
-from .record import ManifestError, Record, check_row, make_record, parse_norm
+from ..preprocessing.normalize import parse_norm
+from .record import ManifestError, Record, check_row, make_record
 
 # %% ../../nbs/lib/data/20_manifest.ipynb #06317d80
 _all_ = ["ManifestError", "Record", "check_row", "make_record", "parse_norm"]

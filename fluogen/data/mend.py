@@ -13,7 +13,7 @@ from pathlib import Path
 from .check import SLIGHT_PX, Report
 from ..io.image import Image, read_plane, write_image
 from .manifest import write_manifest
-from .register import PairError, align_pair
+from ..preprocessing.registration import PairError, align_pair
 
 # %% ../../nbs/lib/data/59_mend.ipynb #671e9b69
 CHECKSUM = "conditioning_sha256"        # of an image that mending writes anew

@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .noise import NoiseModel
+from ..preprocessing.noise import NoiseModel
 from .optics import Camera, OpticsError, detect
 from .pairs import PairBatch
-from .stabilise import show_noisy
+from ..preprocessing.anscombe import show_noisy
 
 # %% ../../nbs/lib/data/51_noisy.ipynb #eb45eab9
 EXPOSURES = ((1.5, 4), (6, 16), (25, 80), (125, 400), (600, 3000))      # bands of training, photoelectrons

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from scipy.fft import next_fast_len
 
 from ..core import FluogenError
-from .noise import NoiseModel
+from ..preprocessing.noise import NoiseModel
 
 # %% ../../nbs/lib/data/30_optics.ipynb #ea5ede0e
 UPSAMPLING = 2      # fine pixels along one camera pixel: scenes and targets live on the fine grid

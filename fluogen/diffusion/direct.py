@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core import FluogenError, to_model, to_unit
-from ..data.stabilise import lighten
+from ..preprocessing.anscombe import lighten
 from .schedule import Schedule
 
 # %% ../../nbs/lib/diffusion/50_direct.ipynb #25743b7c

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import FluogenError, to_unit
-from ..data.stabilise import noise_of_light
+from ..preprocessing.anscombe import noise_of_light
 from .backbone import conv3, zero_start
 from .direct import restore_direct
 from .sampler import sample_ddim

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core import derive_seed
-from ..data.stabilise import STABLE, noisy_light
+from ..preprocessing.anscombe import STABLE, noisy_light
 from ..diffusion.backbone import Backbone
 from ..diffusion.zoo import load_weights
 from ..metrics.intervals import paired_interval

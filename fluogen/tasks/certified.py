@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, hash_array
-from ..data.intensity import check_numbers
+from ..preprocessing.normalize import check_numbers
 from ..io.image import Image, read_image
 from ..data.registry import load_dataset
-from ..data.stabilise import STABLE
+from ..preprocessing.anscombe import STABLE
 from ..diffusion.zoo import Weights
 from .intervals import (FAMILIES_OF, HEADED, Field, as_shown, calibrate_fields, find_heads, load_heads,
                                      restore_sets, system_facts)

@@ -17,7 +17,7 @@ from ..data.microscopes import HELD_OUT, TRAIN
 from ..data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
 from ..data.pairs import simulate_clean
 from ..data.phantom import STRUCTURES
-from ..data.stabilise import STABLE, noisy_light
+from ..preprocessing.anscombe import STABLE, noisy_light
 from ..diffusion.control import ControlConfig
 from ..diffusion.direct import DirectConfig
 from ..diffusion.zoo import load_weights

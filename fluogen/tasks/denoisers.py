@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core import FluogenError
-from ..data.stabilise import lighten
+from ..preprocessing.anscombe import lighten
 from .baselines import loss_l1
 from .finetune import NetworkFitter, Pairs
 from .networks import RCAN, CareUNet

@@ -11,11 +11,11 @@ import torch
 
 from ..core import make_rng
 from ..data.microscopes import HELD_OUT
-from ..data.noise import NoiseError, estimate_noise
+from ..preprocessing.noise import NoiseError, estimate_noise
 from ..data.noisy import TEST_EXPOSURES, expose, expose_anyhow
 from ..data.pairs import PairBatch, simulate_clean
 from ..data.phantom import STRUCTURES
-from ..data.stabilise import show_noisy
+from ..preprocessing.anscombe import show_noisy
 from .intervals import Field, field_sets
 from .scenes import Rounds, turn
 from .settings import RestoreSettings

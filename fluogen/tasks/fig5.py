@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.noise import NoiseError, estimate_noise
+from ..preprocessing.noise import NoiseError, estimate_noise
 from ..data.noisy import TEST_EXPOSURES
 from ..data.optics import UPSAMPLING
 from ..diffusion.zoo import ZooError, load_weights

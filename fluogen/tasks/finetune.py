@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import FluogenError, hash_array, make_rng, to_model, to_unit
-from ..data.stabilise import hold_light
+from ..preprocessing.anscombe import hold_light
 from ..diffusion.control import ControlBranch, ControlConfig
 from ..diffusion.direct import DirectConfig, direct_loss, restore_direct
 from ..diffusion.sampler import NoiseField, sample_ddim

@@ -16,7 +16,7 @@ from ..core import choose_device, derive_seed, make_rng, to_model
 from ..data.microscopes import HELD_OUT, TRAIN
 from ..data.pairs import simulate_clean, simulate_pairs
 from ..data.phantom import STRUCTURES
-from ..data.stabilise import STABLE
+from ..preprocessing.anscombe import STABLE
 from ..diffusion.direct import restore_direct
 from ..diffusion.quantiles import HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss
 from ..diffusion.session import load_weights as load_trained

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..core import hash_array, to_unit
-from ..data.stabilise import STABLE
+from ..preprocessing.anscombe import STABLE
 from ..diffusion.quantiles import IntervalChain, restore_direct_interval, with_heads
 from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, ZooError, find_weights, list_weights, load_weights

@@ -13,7 +13,7 @@ import torch
 
 from ..core import FluogenError, make_generator, to_model, to_unit
 from ..data.pairs import simulate_pairs, simulate_targets
-from ..data.stabilise import noisy_light
+from ..preprocessing.anscombe import noisy_light
 from ..diffusion.backbone import embed_time
 from ..diffusion.control import ControlBranch
 from ..diffusion.direct import upsample

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..io.image import Image, read_image
-from ..data.noise import NoiseError, NoiseModel, estimate_noise
+from ..preprocessing.noise import NoiseError, NoiseModel, estimate_noise
 from .restore import CAMERA
 from .settings import RestoreError
 from ..uncertainty.support import judge_support

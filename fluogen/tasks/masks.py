@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ..core import choose_device, make_generator, to_model
-from ..data.intensity import scale_to_unit
+from ..preprocessing.normalize import scale_to_unit
 from ..io.image import read_image
-from ..data.labels import LABEL_NORMS, show_labels
+from ..preprocessing.labels import LABEL_NORMS, show_labels
 from ..diffusion.control import ControlConfig
 from ..diffusion.zoo import load_weights, save_weights
 from .bench30 import BENCH_CONFIG

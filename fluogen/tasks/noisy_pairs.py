@@ -14,9 +14,10 @@ from ..core import FluogenError
 from ..data.check import BLOCKS, NOISIER, SHIFT_PX
 from ..data.facts import are_strangers, make_thumbnail, measure_blocks, measure_clarity, measure_speckle
 from ..io.image import read_image
-from ..data.noise import NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair
-from ..data.register import measure_shift
-from ..data.stabilise import show_noisy
+from ..preprocessing.noise import (
+    NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair)
+from ..preprocessing.registration import measure_shift
+from ..preprocessing.anscombe import show_noisy
 
 # %% ../../nbs/lib/tasks/43_noisy_pairs.ipynb #b3ae9280
 class NoisyPairError(FluogenError):

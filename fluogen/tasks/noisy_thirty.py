@@ -15,11 +15,11 @@ import torch
 
 from ..core import FluogenError, derive_seed, hash_array, make_rng
 from ..io.image import read_image
-from ..data.noise import NoiseError
+from ..preprocessing.noise import NoiseError
 from ..data.noisy import TEST_EXPOSURES, expose_anyhow
 from ..data.pairs import PairBatch, simulate_clean
 from ..data.registry import load_dataset
-from ..data.stabilise import show_noisy
+from ..preprocessing.anscombe import show_noisy
 from .denoise import ROWS, held_out_fields
 from .finetune import Pairs
 from .noisy_pairs import match_scale, read_noise, show_pair

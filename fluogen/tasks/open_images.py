@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, make_rng
-from ..data.intensity import scale_to_unit
+from ..preprocessing.normalize import scale_to_unit
 from ..io.image import read_image
 from ..data.registry import load_dataset
 from .scenes import PAPER_PROMPTS, turn

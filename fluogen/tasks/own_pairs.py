@@ -21,12 +21,12 @@ import torch
 from ..core import FluogenError, choose_device, hash_array, make_rng
 from ..data.check import SHIFT_PX
 from ..io.files import check_writable
-from ..data.intensity import scale_to_unit
+from ..preprocessing.normalize import scale_to_unit
 from ..io.image import read_image, read_plane
-from ..data.register import measure_shift
+from ..preprocessing.registration import measure_shift
 from ..data.registry import load_dataset
 from ..data.splits import FRACTIONS, reserve
-from ..data.stabilise import STABLE, noisy_light
+from ..preprocessing.anscombe import STABLE, noisy_light
 from ..diffusion.checkpoint import CheckpointError, hash_tensors
 from ..diffusion.direct import upsample
 from ..diffusion.zoo import Weights, save_weights, weight_folders

@@ -18,11 +18,11 @@ import torch
 from .. import __version__
 from ..core import hash_array, to_unit
 from ..io.files import ImageReadError
-from ..data.intensity import scale_to_unit
+from ..preprocessing.normalize import scale_to_unit
 from ..io.image import Image
-from ..data.labels import LABEL_NORMS, LabelError, show_labels
-from ..data.noise import SMALL, NoiseError, NoiseModel, estimate_noise
-from ..data.stabilise import STABLE, hold_light, show_noisy
+from ..preprocessing.labels import LABEL_NORMS, LabelError, show_labels
+from ..preprocessing.noise import SMALL, NoiseError, NoiseModel, estimate_noise
+from ..preprocessing.anscombe import STABLE, hold_light, show_noisy
 from ..diffusion.direct import restore_direct
 from ..diffusion.sampler import SAMPLERS, NoiseField
 from ..diffusion.schedule import GRIDS

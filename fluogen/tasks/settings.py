@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 from ..core import FluogenError
-from ..data.labels import LABEL_NORMS
-from ..data.stabilise import STABLE
+from ..preprocessing.labels import LABEL_NORMS
+from ..preprocessing.anscombe import STABLE
 from ..diffusion.prompts import split_words
 from ..diffusion.sampler import SAMPLERS
 from ..diffusion.zoo import Weights, ZooError, load_weights

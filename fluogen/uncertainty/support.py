@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter, maximum_filter
 from scipy.signal import fftconvolve
 
 from ..core import FluogenError, make_rng
-from ..data.noise import NoiseModel
+from ..preprocessing.noise import NoiseModel
 
 # %% ../../nbs/lib/uncertainty/60_support.ipynb #a724b48d
 class SupportError(FluogenError):
