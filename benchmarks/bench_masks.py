@@ -11,9 +11,12 @@ import torch
 from fluogen.preprocessing.labels import LABEL_NORMS, show_labels
 from fluogen.data.pairs import simulate_targets
 from fluogen.diffusion.zoo import load_weights
-from fluogen.tasks.finetune import Pairs, fit
-from fluogen.tasks.masks import MASK_CONFIG, MaskFitter, measure_following, read_mask_pair
-from fluogen.tasks.own_pairs import gather_tiles, split_pairs
+from fluogen.datasets.pairs import Pairs
+from fluogen.tasks.finetune import fit
+from fluogen.datasets.pairs import read_mask_pair
+from fluogen.tasks.masks import MASK_CONFIG, MaskFitter, measure_following
+from fluogen.datasets.pairs import gather_tiles
+from fluogen.tasks.own_pairs import split_pairs
 
 PROMPTS = ["Nucleus of BPAE", "DNA of U2OS", "Nuclei of PC-3", "S. aureus"]
 

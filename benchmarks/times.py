@@ -56,7 +56,7 @@ def starting():
 
 
 def registry():
-    from fluogen.data.registry import list_datasets
+    from fluogen.datasets.registry import list_datasets
     yield "reading the registry of data sets", least_seconds(list_datasets)[0], "<", 1, "s"
 
 

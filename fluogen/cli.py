@@ -118,10 +118,11 @@ def run_weights(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #2966692a
 def run_check(args) -> int:
     "Report on a data set; exit code 1 when something must be mended."
-    from fluogen.data.check import check_data
+    from fluogen.datasets.check import check_data
     from fluogen.io.files import check_writable
-    from fluogen.data.manifest import check_replaceable, stamp_sha256, write_manifest
-    from fluogen.data.mend import mend_shifts, next_step
+    from fluogen.datasets.manifest import check_replaceable, stamp_sha256, write_manifest
+    from fluogen.datasets.align import align_pairs
+    from fluogen.datasets.check import next_step
     source = Path(args.input)
     if args.manifest:
         check_writable(args.manifest, ".jsonl")
@@ -138,7 +139,7 @@ def run_check(args) -> int:
         check_replaceable(args.manifest, report.records)
         manifest = write_manifest(args.manifest, map(stamp_sha256, report.records))
     if args.mend:
-        manifest, left_out = mend_shifts(report, args.mend)
+        manifest, left_out = align_pairs(report, args.mend)
         say(f"{manifest}: aligned copies" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
         report = check_data(manifest)
     print(f"next        {next_step(report, manifest)}", flush=True)
@@ -169,7 +170,7 @@ def run_finetune(args) -> int:
 def run_calibrate(args) -> int:
     "Calibrate intervals on one's own pairs, and say in words what may be relied on."
     from fluogen.io.files import check_writable
-    from fluogen.data.registry import load_dataset
+    from fluogen.datasets.registry import load_dataset
     from fluogen.tasks.certified import calibrate_source, choose_family
     from fluogen.tasks.intervals import HEADED, load_heads
     from fluogen.tasks.settings import RestoreSettings, load_for_task

@@ -14,20 +14,21 @@ from scipy.ndimage import zoom
 
 from fluogen.cli import main
 from fluogen.core import FluogenError
-from fluogen.data.check import ADVICE, check_data
+from fluogen.datasets.check import ADVICE, check_data
 from fluogen.io.files import ImageReadError
 from fluogen.io.image import read_image, read_plane, write_image
-from fluogen.data.lint import KINDS
-from fluogen.data.manifest import read_manifest, write_manifest
-from fluogen.data.mend import mend_shifts, next_step
-from fluogen.data.record import Record
+from fluogen.datasets.check import KINDS
+from fluogen.datasets.manifest import read_manifest, write_manifest
+from fluogen.datasets.align import align_pairs
+from fluogen.datasets.check import next_step
+from fluogen.datasets.record import Record
 from fluogen.preprocessing.registration import PairError, align_pair, find_scale, measure_shift
-from fluogen.data.roles import pair_folder
-from fluogen.data.scan import build_manifest
+from fluogen.datasets.scan import pairs_from_folder
+from fluogen.datasets.scan import build_manifest
 from fluogen.tasks.bench_pairs import laboratory_pairs
-from fluogen.tasks.masks import read_mask_pair
-from fluogen.tasks.noisy_pairs import read_noisy_pair
-from fluogen.tasks.own_pairs import read_pair
+from fluogen.datasets.pairs import read_mask_pair
+from fluogen.datasets.pairs import read_noisy_pair
+from fluogen.datasets.pairs import read_pair
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 PIXEL = {"Y": 0.1, "X": 0.1}
@@ -143,7 +144,7 @@ def test_pairs_that_cannot_be_read_are_still_pairs(folder):
 
 def test_small_drawings_are_not_taken_for_jpeg():
     "Few blocks say little: of 96 pixels a smooth picture can look like them by chance."
-    from fluogen.data.facts import measure_blocks
+    from fluogen.datasets.image_stats import measure_blocks
     assert max(measure_blocks(draw(seed, 96)[0]) for seed in range(30)) == 0
     assert max(measure_blocks(draw(seed, 128)[0]) for seed in range(30)) < 0.1
 
@@ -200,7 +201,7 @@ def test_masks_are_no_recordings(folder, tmp_path):
 def test_names_that_pair(tmp_path):
     for name in ("a_GT.tif", "a_raw.tif", "b_gt.tif", "b_raw_1.tif", "b_raw_2.tif"):
         save(tmp_path / name, draw(0, 64)[0])
-    records, lonely = pair_folder(tmp_path)
+    records, lonely = pairs_from_folder(tmp_path)
     assert {(r.conditioning_image, r.image) for r in records} == {("a_raw.tif", "a_GT.tif"), ("b_raw_1.tif", "b_gt.tif"),
                                                                  ("b_raw_2.tif", "b_gt.tif")}
     assert lonely == [] and len({r.group for r in records}) == 2
@@ -211,7 +212,7 @@ def test_folders_that_pair(tmp_path, inputs, targets):
     for n in range(3):
         save(tmp_path / inputs / f"{n}.tif", draw(n, 64)[0])
         save(tmp_path / targets / f"{n}.tif", draw(n, 64)[0])
-    records, lonely = pair_folder(tmp_path)
+    records, lonely = pairs_from_folder(tmp_path)
     assert {(r.conditioning_image, r.image) for r in records} == {(f"{inputs}/{n}.tif", f"{targets}/{n}.tif") for n in range(3)} and not lonely
 
 
@@ -251,7 +252,7 @@ def test_mending_leaves_the_originals_alone(folder, tmp_path):
     PLANTS["shifted"](folder)
     PLANTS["unreadable"](folder)
     before = {path: path.read_bytes() for path in folder.rglob("*.tif")}
-    manifest, left_out = mend_shifts(check_data(folder), tmp_path / "out")
+    manifest, left_out = align_pairs(check_data(folder), tmp_path / "out")
     assert left_out == [] and {path: path.read_bytes() for path in folder.rglob("*.tif")} == before
     records = read_manifest(manifest)
     assert len(records) == 4 and check_data(manifest).must_mend == []
@@ -259,7 +260,7 @@ def test_mending_leaves_the_originals_alone(folder, tmp_path):
     assert mended.pixel_um == PIXEL and mended.array.dtype == np.uint16
     assert mended.metadata["mended_shift_px"] == pytest.approx([0.8, -0.7], abs=0.1)
     with pytest.raises(PairError, match="not empty"):
-        mend_shifts(check_data(folder), tmp_path / "out")
+        align_pairs(check_data(folder), tmp_path / "out")
 
 
 def test_dim_pairs_that_lie_over_one_another_are_left_where_they_are(tmp_path):
@@ -269,7 +270,7 @@ def test_dim_pairs_that_lie_over_one_another_are_left_where_they_are(tmp_path):
         save(tmp_path / "set" / "clean" / f"{i}.tif", 100 + 1000 * made.target[i, 0].numpy())
     report = check_data(tmp_path / "set")
     assert max(pair.shift.length for pair in report.pairs if pair.shift) > 0.5 and "shifted" not in report.kinds()
-    manifest, left_out = mend_shifts(report, tmp_path / "out")
+    manifest, left_out = align_pairs(report, tmp_path / "out")
     sizes = [read_image(record.path).array.shape for record in read_manifest(manifest)]
     assert left_out == [] and sizes.count((128, 128)) >= 9
 
@@ -322,7 +323,7 @@ def test_what_changed_after_it_was_listed_is_left_out(folder, tmp_path):
     change(folder / "clean/1.tif", lambda image: image + (np.indices(image.shape).sum(0) == 20))
     report = check_data(listed)
     assert [finding.kind for finding in report.must_mend] == ["checksum"]
-    manifest, left_out = mend_shifts(report, tmp_path / "mended")
+    manifest, left_out = align_pairs(report, tmp_path / "mended")
     assert left_out == [records[1].conditioning_image] and len(read_manifest(manifest)) == 4
     for read in (read_pair, read_noisy_pair, read_mask_pair):
         with pytest.raises(ImageReadError, match="not the file that was recorded"):
@@ -357,7 +358,7 @@ def test_a_far_shift_is_a_shift_and_what_cannot_be_measured_is_not_called_aligne
         save(folder / role / "4.tif", np.random.default_rng(i).poisson(400, (128, 128)))
     report = check_data(folder)
     assert sum(finding.kind == "shifted" for finding in report.findings) == 4 and "shift-unknown" in report.kinds()
-    manifest, left_out = mend_shifts(report, tmp_path / "out")
+    manifest, left_out = align_pairs(report, tmp_path / "out")
     assert left_out == ["noisy/4.tif"] and len(read_manifest(manifest)) == 4
 
 

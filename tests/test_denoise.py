@@ -23,8 +23,9 @@ from fluogen.tasks import denoise, finetune
 from fluogen.tasks.bench30 import TUNE_CONFIG
 from fluogen.tasks.denoisers import hide_pixels
 from fluogen.tasks.finetune import ControlFitter
-from fluogen.tasks.noisy_pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
-from fluogen.tasks.own_pairs import adapt, read_pairs
+from fluogen.datasets.pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
+from fluogen.datasets.pairs import read_pairs
+from fluogen.tasks.own_pairs import adapt
 from fluogen.tasks.restore import restore_image, restore_unit
 from fluogen.tasks.settings import RestoreError, RestoreSettings
 from fluogen.tasks.scenes import Rounds

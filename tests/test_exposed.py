@@ -15,7 +15,7 @@ from fluogen.core import make_rng
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.data.noisy import EXPOSURES
 from fluogen.data.pairs import simulate_clean
-from fluogen.data.registry import load_dataset
+from fluogen.datasets.registry import load_dataset
 from fluogen.preprocessing.anscombe import noise_of_light
 from fluogen.diffusion.backbone import Backbone
 from fluogen.diffusion.quantiles import HeadsConfig, QuantileHeads, noise_scale, restore_direct_interval
@@ -23,7 +23,7 @@ from fluogen.diffusion.zoo import list_weights, load_weights, save_weights
 from fluogen.tasks import exposed, heads
 from fluogen.tasks.certified import calibrate_source, certify, read_field
 from fluogen.tasks.intervals import as_shown, calibrate_fields, field_sets, load_heads, measured_unit, restore_sets
-from fluogen.tasks.noisy_pairs import NoisyPairError
+from fluogen.datasets.pairs import NoisyPairError
 from fluogen.tasks.restore import restore_unit
 from fluogen.tasks.scenes import Rounds
 from fluogen.tasks.settings import RestoreSettings

@@ -11,8 +11,9 @@ from toys import PROMPTS, make_weights
 
 from fluogen.diffusion.control import ControlConfig
 from fluogen.diffusion.session import load_weights as load_trained
-from fluogen.tasks.finetune import (ControlFitter, DirectFitter, FinetuneError, FitConfig, NetworkFitter,
-                                    Pairs, draw_batch, drop_some, fit, validation_psnr)
+from fluogen.datasets.pairs import FinetuneError, Pairs
+from fluogen.tasks.finetune import (
+    ControlFitter, DirectFitter, FitConfig, NetworkFitter, draw_batch, drop_some, fit, validation_psnr)
 from fluogen.tasks.scenes import Rounds, draw_rows, turn
 
 QUICK = FitConfig(steps=6, batch=2, crop_px=16, validate_every=2, warmup=1, precision="fp32", lr=1e-3)

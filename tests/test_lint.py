@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from fluogen.core import hash_array
-from fluogen.data.lint import KINDS, check_folders, check_prompts, find_leaks, lint
-from fluogen.data.manifest import read_manifest, stamp_sha256, write_manifest
-from fluogen.data.record import Record
-from fluogen.data.splits import split_by_group
+from fluogen.datasets.check import KINDS, check_folders, check_prompts, find_leaks, lint_records
+from fluogen.datasets.manifest import read_manifest, stamp_sha256, write_manifest
+from fluogen.datasets.record import Record
+from fluogen.datasets.splits import split_by_group
 
 
 @pytest.fixture
@@ -29,28 +29,28 @@ def kinds(findings):
 
 
 def test_a_clean_list_is_silent(records):
-    assert lint(records, ["ER of COS-7"]) == []
+    assert lint_records(records, ["ER of COS-7"]) == []
 
 
 def test_planted_leak_by_content(records, tmp_path):
     train, test = (next(r for r in records if r.split == split) for split in ("train", "test"))
     shutil.copy(test.path, tmp_path / "copy.npy")
     planted = replace(train, image="copy.npy", where="m.jsonl:41")
-    finding, = lint([*records, planted])
+    finding, = lint_records([*records, planted])
     assert finding.kind == "leak-content" and finding.where.rsplit("m.jsonl", 1)[1] == ":41"
     assert "copy.npy has the content of" in finding.what and "test and train" in finding.what
     same = replace(train, image="copy.npy", group=test.group, split="test")     # within one split: no leak
-    assert kinds(lint([*records, same])) == ["duplicate"]
-    assert lint([*records, planted], content=None) == []
+    assert kinds(lint_records([*records, same])) == ["duplicate"]
+    assert lint_records([*records, planted], content=None) == []
 
 
 def test_planted_leak_by_group_and_by_file(records):
     test = next(r for r in records if r.split == "test")
     moved = [replace(r, split="train") if r is test else r for r in records]
-    finding, = lint(moved)
+    finding, = lint_records(moved)
     assert finding.kind == "leak-group" and finding.count == 4 and test.group in finding.what
-    assert kinds(lint([*records, replace(test, split="train", group="cell 99")])) == ["leak-file"]
-    assert kinds(lint([*records,
+    assert kinds(lint_records([*records, replace(test, split="train", group="cell 99")])) == ["leak-file"]
+    assert kinds(lint_records([*records,
                        replace(test, split="train", image=f"x/../{test.image}")])) == ["leak-group",
                                                                                        "leak-file"]
 
@@ -68,23 +68,23 @@ def test_copies_in_another_format_by_a_content_function(records, tmp_path):
 
     def pixels(path):
         return hash_array(np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64))
-    assert lint(planted) == [] and kinds(lint(planted, content=pixels)) == ["leak-content"]
+    assert lint_records(planted) == [] and kinds(lint_records(planted, content=pixels)) == ["leak-content"]
 
 
 def test_missing_files_checksums_and_pairs_of_one_file(records, tmp_path):
     stamped = [stamp_sha256(record) for record in records[:3]]
-    assert lint(stamped) == []
+    assert lint_records(stamped) == []
     records[1].path.write_bytes(b"changed")
     records[2].path.unlink()
     twice = replace(records[4], conditioning_image=records[4].image)
-    found = lint([*stamped, twice])
+    found = lint_records([*stamped, twice])
     assert kinds(found) == ["missing-file", "checksum", "same-file"]
     assert str(found[0]).split("m.jsonl")[1].startswith(":3: missing-file: ")
     assert [KINDS.index(kind) for kind in kinds(found)] == sorted(KINDS.index(kind) for kind in kinds(found))
 
 
 def test_the_same_row_twice(records):
-    finding, = lint([*records, replace(records[0], where="m.jsonl:41")], content=None)
+    finding, = lint_records([*records, replace(records[0], where="m.jsonl:41")], content=None)
     assert finding.kind == "duplicate" and finding.where == "m.jsonl:41"
     noisy = [replace(records[0], conditioning_image=records[i].image, split=records[0].split) for i in (1, 2,
                                                                                                         3)]

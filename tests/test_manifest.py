@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fluogen.core import FluogenError
-from fluogen.data.keymap import KeyMap, KeyMapError, fill_template
+from fluogen.datasets.record import KeyMap, KeyMapError, fill_template
 from fluogen.preprocessing.normalize import NormError
-from fluogen.data.manifest import read_manifest, stamp_sha256, validate, write_manifest
+from fluogen.datasets.manifest import read_manifest, stamp_sha256, validate, write_manifest
 from fluogen.preprocessing.normalize import parse_norm
-from fluogen.data.record import ManifestError, Record
+from fluogen.datasets.record import ManifestError, Record
 
 GOOD = {"image": "gt/1.tif", "conditioning_image": "wf/1.tif", "text": "ER of COS-7"}
 

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fluogen.datasets.pairs import read_mask_pair
+
+from fluogen.datasets.pairs import MASK_NORM
+
 from fluogen.cli import main
 from fluogen.core import FluogenError
 from fluogen.io.image import Image, read_image, write_image
@@ -13,9 +17,10 @@ from fluogen.preprocessing.labels import LABEL_NORMS, LabelError, check_labels, 
 from fluogen.data.pairs import simulate_targets
 from fluogen.diffusion.zoo import load_weights, save_weights
 from fluogen.tasks import masks
-from fluogen.tasks.finetune import Pairs, judge_fit
+from fluogen.datasets.pairs import Pairs
+from fluogen.tasks.finetune import judge_fit
 from fluogen.tasks.masks import MASK_CONFIG, MaskFitter, adapt_masks, find_mask_alarm, measure_following, overlap
-from fluogen.tasks.own_pairs import OwnPairsError
+from fluogen.datasets.pairs import OwnPairsError
 from fluogen.tasks.restore import restore_image
 from fluogen.tasks.settings import RestoreError, RestoreSettings
 from toys import ABOUT, CARD, make_weights
@@ -136,9 +141,9 @@ def test_a_model_is_taught_kept_and_draws(drawer, tmp_path):
     assert (made.n_train, made.n_held, made.steps) == (4, 1, 4) and made.after < made.before and 0 <= made.follows <= 1
     assert np.isnan(made.chance) and "another mask" not in str(made) and "NaN" not in (made.folder / "config.json").read_text()
     weights = load_weights(str(made.folder))
-    assert (weights.config["task"], weights.config["norm"], weights.config["scale"]) == ("mask2image", masks.NORM, 1)
+    assert (weights.config["task"], weights.config["norm"], weights.config["scale"]) == ("mask2image", MASK_NORM, 1)
     assert weights.config["base"]["name"] == "prior" and "overlap" in (made.folder / "card.md").read_text()
-    held = [Pairs(torch.rand(1, 1, 32, 32), torch.from_numpy(show_labels(squares()[:, :32], masks.NORM))[None], [""])]
+    held = [Pairs(torch.rand(1, 1, 32, 32), torch.from_numpy(show_labels(squares()[:, :32], MASK_NORM))[None], [""])]
     kept = MaskFitter(weights)                                                   # its own branch, not a new one
     assert kept.judge(kept.modules, held[0]) != kept.judge(kept.modules, Pairs(held[0].target, 0 * held[0].condition, [""]))
     out = tmp_path / "drawn.tif"
@@ -187,7 +192,7 @@ def test_a_film_of_masks_is_drawn_plane_by_plane(drawer):
 def test_pairs_that_cannot_be_used_are_left_out_by_name(tmp_path, spoil, match):
     manifest = write_manifest(tmp_path, 3)
     spoil(tmp_path)
-    pairs, notes = masks.gather_tiles(manifest, masks.read_mask_pair)
+    pairs, notes = masks.gather_tiles(manifest, read_mask_pair)
     assert set(pairs.groups) == {"cell1", "cell2"} and len(notes) == 1 and match in notes[0] and "0.tif" in notes[0] and "\n" not in notes[0]
 
 
@@ -197,7 +202,7 @@ def test_two_stains_may_share_a_mask_but_not_their_prompt(tmp_path):
     more = [lines[0] | {"image": "image1.tif", "text": "Microtubules of HeLa"}, lines[0] | {"conditioning_image": "copy.tif"}]
     (tmp_path / "copy.tif").write_bytes((tmp_path / "mask0.tif").read_bytes())
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines + more))
-    pairs, notes = masks.gather_tiles(manifest, masks.read_mask_pair)
+    pairs, notes = masks.gather_tiles(manifest, read_mask_pair)
     assert len(pairs) == 3 and len(notes) == 1 and "repeats" in notes[0]
 
 

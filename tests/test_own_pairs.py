@@ -19,13 +19,15 @@ from fluogen.cli import main
 from fluogen.core import FluogenError
 from fluogen.io.image import read_image, write_image
 from fluogen.data.pairs import simulate_pairs
-from fluogen.data.registry import load_dataset
+from fluogen.datasets.registry import load_dataset
 from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks import finetune, own_pairs
 from fluogen.tasks.bench30 import TUNE_CONFIG
-from fluogen.tasks.finetune import DirectFitter, Pairs, blend_weights, fit
-from fluogen.tasks.noisy_pairs import find_camera
-from fluogen.tasks.own_pairs import OwnPairsError, adapt, cut_pair, find_alarm, read_pairs, set_profile, split_pairs
+from fluogen.datasets.pairs import Pairs
+from fluogen.tasks.finetune import DirectFitter, blend_weights, fit
+from fluogen.datasets.pairs import find_camera
+from fluogen.datasets.pairs import OwnPairsError, cut_pair, read_pairs
+from fluogen.tasks.own_pairs import adapt, find_alarm, set_profile, split_pairs
 from fluogen.tasks.settings import RestoreSettings, fill_camera
 from toys import make_weights, save_toy
 

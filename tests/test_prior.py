@@ -8,7 +8,7 @@ import torch
 
 from fluogen.io.image import Image, write_image
 from fluogen.data.pairs import simulate_targets
-from fluogen.data.record import Record
+from fluogen.datasets.record import Record
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.diffusion.shape import BackboneConfig
 from fluogen.diffusion.zoo import load_weights

@@ -14,12 +14,12 @@ import pytest
 from counts import files_opened
 
 from fluogen.core import FluogenError, find_root
-from fluogen.data import download as download_module
-from fluogen.data.download import DownloadError, cache_folder, download_dataset, download_file, unpack
-from fluogen.data.lint import lint
-from fluogen.data.record import ManifestError
-from fluogen.data.registry import (MissingDataError, RegistryError, find_dataset, find_entry, list_datasets,
-                                   load_dataset, read_entry)
+from fluogen.datasets import download as download_module
+from fluogen.datasets.download import DownloadError, cache_folder, download_dataset, download_file, unpack
+from fluogen.datasets.check import lint_records
+from fluogen.datasets.record import ManifestError
+from fluogen.datasets.registry import (
+    MissingDataError, RegistryError, find_dataset, find_entry, list_datasets, load_dataset, read_entry)
 
 TEXT = 'name = "Mine"\naliases = ["my set"]\ntitle = "t"\nsource = "s"\nlicence = "CC0"\nobtain = "Ask me."\n'
 REAL = Path(find_root(Path(__file__).parent) or ".").parent / "shared" / "realdata"
@@ -294,7 +294,7 @@ def test_real_manifests_are_read_through_the_registry(name, monkeypatch):
     assert all(record.conditioning_path is None or record.conditioning_path.is_file() for record in records)
     assert {prompt for record in records for prompt in record.prompts} == set(entry.prompts)
     assert all(record.extra["licence_class"] for record in records)
-    serious = [finding for finding in lint(records, entry.prompts,
+    serious = [finding for finding in lint_records(records, entry.prompts,
                                            content=None) if finding.kind != "duplicate"]
     assert serious == [], [str(finding) for finding in serious]
     if name == "nuclei_instance":                       # these two sources overlap: one group, so one split

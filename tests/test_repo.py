@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from tree import (ROOT, copy_tree, figure_notebooks, library_notebooks, load, modules, name_of, source, tracked,
                   under)
 
-ROOMS = ["core", "io", "preprocessing", "data", "metrics", "diffusion", "training", "uncertainty", "tasks", "report", "options", "say", "cli", "app"]
-MOVING = ("tasks.baselines", "tasks.bench30", "tasks.bench_denoise", "tasks.bench_pairs", "tasks.brightness", "tasks.certified", "tasks.denoise", "tasks.denoisers", "tasks.encoder", "tasks.exposed", "tasks.fewer", "tasks.fig3", "tasks.fig3b", "tasks.fig4", "tasks.fig4_claims", "tasks.fig5", "tasks.fig5b", "tasks.fig9", "tasks.fig9_claims", "tasks.finetune", "tasks.folders", "tasks.generate", "tasks.grading", "tasks.heads", "tasks.intervals", "tasks.live", "tasks.marks", "tasks.masks", "tasks.networks", "tasks.noisy_pairs", "tasks.noisy_thirty", "tasks.open_images", "tasks.own_pairs", "tasks.prior", "tasks.recipes", "tasks.records", "tasks.restore", "tasks.scenes", "tasks.scoring", "tasks.settings", "tasks.thirty", "tasks.tiling")   # on their way
+ROOMS = ["core", "io", "preprocessing", "datasets", "data", "metrics", "diffusion", "training", "uncertainty", "tasks", "report", "options", "say", "cli", "app"]
+MOVING = ("tasks.baselines", "tasks.bench30", "tasks.bench_denoise", "tasks.bench_pairs", "tasks.brightness", "tasks.certified", "tasks.denoise", "tasks.denoisers", "tasks.encoder", "tasks.exposed", "tasks.fewer", "tasks.fig3", "tasks.fig3b", "tasks.fig4", "tasks.fig4_claims", "tasks.fig5", "tasks.fig5b", "tasks.fig9", "tasks.fig9_claims", "tasks.finetune", "tasks.folders", "tasks.generate", "tasks.grading", "tasks.heads", "tasks.intervals", "tasks.live", "tasks.marks", "tasks.masks", "tasks.networks", "tasks.noisy_thirty", "tasks.open_images", "tasks.own_pairs", "tasks.prior", "tasks.recipes", "tasks.records", "tasks.restore", "tasks.scenes", "tasks.scoring", "tasks.settings", "tasks.thirty", "tasks.tiling")   # on their way
 MIB = 2**20
 each_module = pytest.mark.parametrize("path", modules(), ids=name_of)
 each_figure = pytest.mark.parametrize("path", figure_notebooks(), ids=name_of)
@@ -348,18 +348,18 @@ def test_make_explains_itself():
 
 @pytest.mark.parametrize("path", under("data_manifests", ".toml"), ids=name_of)
 def test_registry_files_are_whole(path):
-    from fluogen.data.registry import read_entry
+    from fluogen.datasets.registry import read_entry
     entry = read_entry(path)
     assert path.stem.lower() in map(str.lower, entry.names) and entry.obtain and entry.licence and entry.source
 
 
 def test_the_data_sets_of_the_paper_are_registered():
-    from fluogen.data.registry import find_entry
+    from fluogen.datasets.registry import find_entry
     assert all(find_entry(name) for name in ("BioSR", "FMD", "DSB2018", "2D HeLa", "DynamicNuclearNet"))
 
 
 def test_committed_manifests_validate():
-    from fluogen.data.manifest import validate
+    from fluogen.datasets.manifest import validate
     assert [error for path in under("data_manifests", ".jsonl") for error in validate(path)] == []
 
 

@@ -3,9 +3,9 @@ import json
 
 import pytest
 
-from fluogen.data.registry import list_datasets
-from fluogen.data.rules import FACT_RULES, PAIR_RULES, ScanError, list_files, make_rule
-from fluogen.data.scan import ScanRules, build_manifest, scan_folder, split_per
+from fluogen.datasets.registry import list_datasets
+from fluogen.datasets.scan import FACT_RULES, PAIR_RULES, ScanError, list_files, make_rule
+from fluogen.datasets.scan import ScanRules, build_manifest, scan_folder, split_per
 
 
 def tree(root, *names, **texts):

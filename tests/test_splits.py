@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluogen.data.record import Record
-from fluogen.data.splits import SplitError, list_groups, reserve, split_by_group
+from fluogen.datasets.record import Record
+from fluogen.datasets.splits import SplitError, list_groups, reserve, split_by_group
 
 
 def frames(groups, per=3, text="ER"):

@@ -48,7 +48,7 @@ def test_weights_load_by_name(site, tmp_path):
 
 
 def test_the_registry_comes_along(site, tmp_path):
-    code = "from fluogen.data.registry import list_datasets; print(*list_datasets(), sep='\\n')"
+    code = "from fluogen.datasets.registry import list_datasets; print(*list_datasets(), sep='\\n')"
     found = run(tmp_path, "-c", code, PYTHONPATH=str(site)).splitlines()
     assert {"BioSR", "FMD", "DSB2018", "2D HeLa", "DynamicNuclearNet"} <= set(found)
 

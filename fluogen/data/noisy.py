@@ -13,7 +13,7 @@ import torch
 
 from ..preprocessing.noise import NoiseModel
 from .optics import Camera, OpticsError, detect
-from .pairs import PairBatch
+from ..datasets.pairs import PairBatch
 from ..preprocessing.anscombe import show_noisy
 
 # %% ../../nbs/lib/data/51_noisy.ipynb #eb45eab9

@@ -9,7 +9,7 @@ __all__ = ['QUIET', 'choose_pairs', 'draw_sheet']
 import numpy as np
 
 from ..core import FluogenError
-from ..data.check import ADVICE, Report
+from ..datasets.check import ADVICE, Report
 from ..io.image import read_image
 from .figure import FigureError, display_range, picture_style
 

@@ -25,8 +25,8 @@ from ..diffusion.zoo import load_weights
 from .baselines import BASELINES, build_baseline
 from .fewer import count_free
 from .prior import name_hardware
-from .finetune import (ControlFitter, DirectFitter, FitConfig, NetworkFitter, Pairs,
-                                     blend_weights, draw_batch, fit)
+from ..datasets.pairs import Pairs
+from .finetune import ControlFitter, DirectFitter, FitConfig, NetworkFitter, blend_weights, draw_batch, fit
 from ..io.files import write_json, write_json_once
 from .thirty import draw_thirty
 

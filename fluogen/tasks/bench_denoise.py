@@ -24,12 +24,13 @@ from ..metrics.restoration import score_restoration
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs
 from .denoise import DENOISE
 from .denoisers import DenoiserError, build_denoiser, denoise_nlm, fit_denoiser, tune_nlm
-from .finetune import DirectFitter, NetworkFitter, Pairs
+from ..datasets.pairs import Pairs
+from .finetune import DirectFitter, NetworkFitter
 from .noisy_thirty import (NoisyFields, list_folds, real_fields, real_pairs, simulate_noisy_thirty,
                                         simulated_fields, split_few)
 from ..io.files import write_json_once
 from .records import RecordError, describe_bench, join_record, score_row, ship_fit
-from .recipes import as_pairs
+from ..datasets.pairs import as_pairs
 from .scoring import pack_round_trip
 
 # %% ../../nbs/lib/tasks/52_bench_denoise.ipynb #39c00541

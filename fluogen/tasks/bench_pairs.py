@@ -19,18 +19,19 @@ import torch
 from ..core import derive_seed, make_rng
 from ..data.microscopes import HELD_OUT, OpticsRange
 from ..data.noisy import TEST_EXPOSURES, expose
-from ..data.pairs import PairBatch, simulate_clean
+from ..datasets.pairs import PairBatch
+from ..data.pairs import simulate_clean
 from ..diffusion.zoo import load_weights, state_fact
 from ..metrics.intervals import paired_interval
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs
 from .bench_denoise import DENOISE_BENCH, restore_fields, score_fields
 from .denoise import ROWS
 from .fewer import restrict
-from .finetune import Pairs
+from ..datasets.pairs import Pairs
 from .noisy_thirty import judge_by_truth, split_few
 from ..io.files import write_json_once
 from .records import join_record
-from .recipes import as_pairs
+from ..datasets.pairs import as_pairs
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #2df28524
 COUNTS = (2, 5, 10, 30, 100, 300)

@@ -17,13 +17,13 @@ import torch
 from ..core import FluogenError, hash_array
 from ..preprocessing.normalize import check_numbers
 from ..io.image import Image, read_image
-from ..data.registry import load_dataset
+from ..datasets.registry import load_dataset
 from ..preprocessing.anscombe import STABLE
 from ..diffusion.zoo import Weights
 from .intervals import (FAMILIES_OF, HEADED, Field, as_shown, calibrate_fields, find_heads, load_heads,
                                      restore_sets, system_facts)
-from .noisy_pairs import judge_noisy_pair, match_scale
-from .own_pairs import read_pair
+from ..datasets.pairs import judge_noisy_pair, match_scale
+from ..datasets.pairs import read_pair
 from .restore import light_range, list_planes, restore_layers
 from .settings import RestoreSettings
 from ..uncertainty.bounds import min_images

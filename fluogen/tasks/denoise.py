@@ -22,7 +22,8 @@ from ..diffusion.control import ControlConfig
 from ..diffusion.direct import DirectConfig
 from ..diffusion.zoo import load_weights
 from .denoisers import denoise_nlm
-from .finetune import ControlFitter, DirectFitter, Pairs, draw_batch
+from ..datasets.pairs import Pairs
+from .finetune import ControlFitter, DirectFitter, draw_batch
 from .prior import training_facts
 from .recipes import adapt_prior, keep_weights, licence_after, module_configs, summary_after
 from .scenes import Rounds

@@ -14,7 +14,8 @@ from torch import nn
 from ..core import FluogenError
 from ..preprocessing.anscombe import lighten
 from .baselines import loss_l1
-from .finetune import NetworkFitter, Pairs
+from ..datasets.pairs import Pairs
+from .finetune import NetworkFitter
 from .networks import RCAN, CareUNet
 
 # %% ../../nbs/lib/tasks/41_denoisers.ipynb #b71b9ca2

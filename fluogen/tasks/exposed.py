@@ -13,7 +13,8 @@ from ..core import make_rng
 from ..data.microscopes import HELD_OUT
 from ..preprocessing.noise import NoiseError, estimate_noise
 from ..data.noisy import TEST_EXPOSURES, expose, expose_anyhow
-from ..data.pairs import PairBatch, simulate_clean
+from ..datasets.pairs import PairBatch
+from ..data.pairs import simulate_clean
 from ..data.phantom import STRUCTURES
 from ..preprocessing.anscombe import show_noisy
 from .intervals import Field, field_sets

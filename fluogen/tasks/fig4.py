@@ -17,13 +17,13 @@ import torch
 
 from ..core import FluogenError
 from ..data.microscopes import REFERENCE_PIXEL_UM
-from ..data.pairs import PairBatch
-from ..data.registry import load_dataset
+from ..datasets.pairs import PairBatch
+from ..datasets.registry import load_dataset
 from ..diffusion.direct import upsample
 from ..metrics import restoration
 from ..metrics.intervals import paired_interval
 from .bench30 import LEARNED
-from .own_pairs import read_pair
+from ..datasets.pairs import read_pair
 from .scoring import classical_methods, open_fitter, restore_fields
 from .thirty import draw_fields
 

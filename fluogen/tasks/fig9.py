@@ -16,9 +16,10 @@ import torch
 from ..core import FluogenError, hash_array, make_rng, to_unit
 from ..io.image import read_image
 from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, OpticsRange
-from ..data.pairs import MARGIN_PX, PairBatch, degrade_images, simulate_pairs
+from ..datasets.pairs import PairBatch
+from ..data.pairs import MARGIN_PX, degrade_images, simulate_pairs
 from ..data.phantom import STRUCTURES
-from ..data.registry import load_dataset
+from ..datasets.registry import load_dataset
 from ..diffusion.quantiles import run_three_chains, with_heads
 from ..diffusion.sampler import NoiseField
 from ..diffusion.schedule import GRIDS

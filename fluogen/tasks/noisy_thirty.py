@@ -17,12 +17,13 @@ from ..core import FluogenError, derive_seed, hash_array, make_rng
 from ..io.image import read_image
 from ..preprocessing.noise import NoiseError
 from ..data.noisy import TEST_EXPOSURES, expose_anyhow
-from ..data.pairs import PairBatch, simulate_clean
-from ..data.registry import load_dataset
+from ..datasets.pairs import PairBatch
+from ..data.pairs import simulate_clean
+from ..datasets.registry import load_dataset
 from ..preprocessing.anscombe import show_noisy
 from .denoise import ROWS, held_out_fields
-from .finetune import Pairs
-from .noisy_pairs import match_scale, read_noise, show_pair
+from ..datasets.pairs import Pairs
+from ..datasets.pairs import match_scale, read_noise, show_pair
 
 # %% ../../nbs/lib/tasks/49_noisy_thirty.ipynb #a9e2e7f5
 def simulate_noisy_thirty(seed: int, n_pairs: int = 30, size_px: int = 128) -> PairBatch:

@@ -12,7 +12,7 @@ import torch
 from ..core import FluogenError, make_rng
 from ..preprocessing.normalize import scale_to_unit
 from ..io.image import read_image
-from ..data.registry import load_dataset
+from ..datasets.registry import load_dataset
 from .scenes import PAPER_PROMPTS, turn
 
 # %% ../../nbs/lib/tasks/27_open_images.ipynb #ac92b0f3

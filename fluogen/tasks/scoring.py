@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.pairs import PairBatch
+from ..datasets.pairs import PairBatch
 from ..diffusion.packing import pack_state, unpack_state
 from ..diffusion.zoo import load_weights
 from ..metrics.intervals import paired_interval
@@ -25,7 +25,7 @@ from ..metrics.structures import structure_errors
 from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, SR_BENCH, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
-from .recipes import as_pairs
+from ..datasets.pairs import as_pairs
 from ..io.files import write_json_once
 from .records import RecordError, describe_bench, join_record, score_row, ship_fit
 from .thirty import draw_fields, half_of, make_thirty, split_thirty

@@ -15,10 +15,11 @@ import torch
 from ..core import FluogenError, derive_seed, make_rng
 from ..io.image import read_image
 from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
-from ..data.pairs import MARGIN_PX, PairBatch, degrade_images, simulate_pairs
-from ..data.registry import load_dataset
-from .finetune import Pairs
-from .recipes import as_pairs
+from ..datasets.pairs import PairBatch
+from ..data.pairs import MARGIN_PX, degrade_images, simulate_pairs
+from ..datasets.registry import load_dataset
+from ..datasets.pairs import Pairs
+from ..datasets.pairs import as_pairs
 from .scenes import SR_STRUCTURES
 
 # %% ../../nbs/lib/tasks/45_thirty.ipynb #4484bd5c
