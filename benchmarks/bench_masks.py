@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from fluogen.preprocessing.labels import LABEL_NORMS, show_labels
-from fluogen.data.pairs import simulate_targets
+from fluogen.simulation.pairs import simulate_targets
 from fluogen.diffusion.zoo import load_weights
 from fluogen.datasets.pairs import Pairs
 from fluogen.tasks.finetune import fit

@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from fluogen.data.pairs import simulate_pairs, simulate_targets
-from fluogen.data.phantom import STRUCTURES
+from fluogen.simulation.pairs import simulate_pairs, simulate_targets
+from fluogen.simulation.structures import STRUCTURES
 
 SR = ("microtubules", "factin", "er", "ccps")
 

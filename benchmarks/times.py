@@ -62,7 +62,7 @@ def registry():
 
 def specimens():
     from fluogen.core import make_generator
-    from fluogen.data.phantom import STRUCTURES, render
+    from fluogen.simulation.structures import STRUCTURES, render
     for name in STRUCTURES:
         took, = least_seconds(lambda: render(name, 12, 128, generator=make_generator(0)), rounds=3)
         yield f"simulating {name}, 128 x 128", took / 12 * 1e3, "<", 40, "ms per image"

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fluogen.data.optics import Optics, widefield
+from fluogen.simulation.optics import make_psf
+
+from fluogen.simulation.optics import Optics, widefield
 from fluogen.metrics.restoration import ssim
 from fluogen.tasks import baselines as B
 from fluogen.tasks.networks import DFCAN, RCAN, CareUNet, amplitude, count_cost, upsample_bicubic
@@ -100,7 +102,7 @@ def test_bicubic_fit_is_least_squares_and_nine_frames_are_averaged():
 
 def test_psf_is_the_blur_of_lens_and_pixel():
     optics = Optics()
-    psf = B.make_psf(optics)
+    psf = make_psf(optics)
     point = torch.zeros(1, 1, 65, 65)
     point[..., 32, 32] = 1
     lens = widefield(point, optics)[0, 0]
@@ -116,7 +118,7 @@ def test_richardson_lucy_sharpens_keeps_light_and_place():
     density = draw_spots(places, (80, 96))
     condition = F.avg_pool2d(widefield(density, optics), 2)
     before = upsample_bicubic(condition)
-    psf = B.make_psf(optics)
+    psf = make_psf(optics)
     sharpness = lambda image: float((image**2).sum() / image.sum() ** 2)
     measured = [sharpness(before)] + [sharpness(B.deconvolve(condition, psf, n)) for n in (5, 20, 60)]
     assert measured == sorted(measured) and measured[-1] > 1.8 * measured[0]
@@ -131,7 +133,7 @@ def test_richardson_lucy_sharpens_keeps_light_and_place():
 
 
 def test_richardson_lucy_leaves_a_flat_field_flat():
-    flat = B.deconvolve(torch.full((1, 1, 15, 22), 0.4), B.make_psf(Optics()), 30)
+    flat = B.deconvolve(torch.full((1, 1, 15, 22), 0.4), make_psf(Optics()), 30)
     assert flat.shape == (1, 1, 30, 44)
     torch.testing.assert_close(flat, torch.full_like(flat, 0.4), atol=0.004, rtol=0)
 
@@ -140,7 +142,7 @@ def test_tuning_picks_the_smallest_error_and_the_scale():
     condition, target = draw_pairs(2, 64)
     rng = torch.Generator().manual_seed(0)
     noisy = condition + 0.03 * torch.randn(condition.shape, generator=rng)
-    psf = B.make_psf(Optics())
+    psf = make_psf(Optics())
     tuned = B.tune_deconvolution(noisy, target, [psf, psf], candidates=(2, 10, 100))
     errors = dict(tuned.errors)
     assert set(errors) == {2, 10, 100} and errors[tuned.iterations] == min(errors.values())
@@ -192,7 +194,7 @@ def test_fourier_attention_sees_what_a_mean_does_not():
 # ---- what is refused
 
 def test_refusals_are_one_line():
-    psf = B.make_psf(Optics())
+    psf = make_psf(Optics())
     good = torch.rand(2, 1, 8, 8)
     for wrong in (lambda: B.build_baseline("unet"), lambda: B.build_baseline("richardson_lucy"),
                   lambda: B.build_baseline("care", 0), lambda: B.build_baseline("care", 1, 1.5),

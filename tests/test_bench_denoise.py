@@ -8,8 +8,8 @@ import torch
 
 from fluogen.core import FluogenError, make_rng
 from fluogen.io.image import write_image
-from fluogen.data.noisy import expose
-from fluogen.data.pairs import simulate_clean
+from fluogen.simulation.camera import expose
+from fluogen.simulation.pairs import simulate_clean
 from fluogen.tasks import bench_denoise, bench_pairs, noisy_thirty
 from fluogen.tasks.bench30 import BENCH_CONFIG, TUNE_CONFIG
 from fluogen.tasks.bench_denoise import compare, score_fields, table_of

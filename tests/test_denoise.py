@@ -10,8 +10,8 @@ from fluogen.cli import main
 from fluogen.core import FluogenError, hash_array, make_rng
 from fluogen.io.image import read_image, write_image
 from fluogen.preprocessing.noise import NoiseModel
-from fluogen.data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
-from fluogen.data.pairs import simulate_clean
+from fluogen.simulation.camera import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
+from fluogen.simulation.pairs import simulate_clean
 from fluogen.preprocessing.anscombe import hold_light, lighten, noisy_light, show_noisy
 from fluogen.diffusion.backbone import Backbone
 from fluogen.diffusion.control import ControlBranch, ControlConfig
@@ -28,7 +28,7 @@ from fluogen.datasets.pairs import read_pairs
 from fluogen.tasks.own_pairs import adapt
 from fluogen.tasks.restore import restore_image, restore_unit
 from fluogen.tasks.settings import RestoreError, RestoreSettings
-from fluogen.tasks.scenes import Rounds
+from fluogen.simulation.stream import Rounds
 from toys import PROMPTS, TINY, shake
 
 SHORT = replace(TUNE_CONFIG, steps=4, batch=2, crop_px=32, validate_every=2, precision="fp32")

@@ -209,7 +209,7 @@ def load_calibration_of(model):
 
 def test_drift_of_simulated_microscopes():
     "The package's own simulator: other scenes of the same kind, another structure, gain x 2, a filtered image."
-    from fluogen.data.pairs import simulate_pairs
+    from fluogen.simulation.pairs import simulate_pairs
     counts = [simulate_pairs("microtubules", 60, 96, seed=seed, optics="train").condition[:, 0].numpy() for seed in (0, 1)]
     scale = 800 * np.exp(0.05 * make_rng(0).standard_normal((2, 60, 1, 1)))
     first, second = (100 + s * c for s, c in zip(scale, counts))

@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from fluogen.data.pairs import simulate_targets
-from fluogen.data.phantom import STRUCTURES
+from fluogen.simulation.pairs import simulate_targets
+from fluogen.simulation.structures import STRUCTURES
 from fluogen.diffusion.zoo import load_weights
 from fluogen.metrics.generation import frechet_distance, kernel_distance
 from fluogen.tasks import encoder as room
 from fluogen.tasks.encoder import Encoder, EncoderError, blur_picture, embed, encoder_batch, load_encoder, measure_statistics
-from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
+from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,17 @@ import torch
 from test_denoise import noisy_files, save_denoiser, save_sampler
 from toys import CARD, TINY
 
+from fluogen.simulation.camera import PHOTONS
+
+from fluogen.simulation.camera import true_counts
+
+from fluogen.simulation.camera import expose_evenly
+
 from fluogen.cli import main
 from fluogen.core import make_rng
 from fluogen.io.image import Image, read_image, write_image
-from fluogen.data.noisy import EXPOSURES
-from fluogen.data.pairs import simulate_clean
+from fluogen.simulation.camera import EXPOSURES
+from fluogen.simulation.pairs import simulate_clean
 from fluogen.datasets.registry import load_dataset
 from fluogen.preprocessing.anscombe import noise_of_light
 from fluogen.diffusion.backbone import Backbone
@@ -25,7 +31,7 @@ from fluogen.tasks.certified import calibrate_source, certify, read_field
 from fluogen.tasks.intervals import as_shown, calibrate_fields, field_sets, load_heads, measured_unit, restore_sets
 from fluogen.datasets.pairs import NoisyPairError
 from fluogen.tasks.restore import restore_unit
-from fluogen.tasks.scenes import Rounds
+from fluogen.simulation.stream import Rounds
 from fluogen.tasks.settings import RestoreSettings
 from fluogen.uncertainty.certificate import save_calibration
 from fluogen.uncertainty.families import CalibrationError
@@ -64,17 +70,17 @@ def calibration(toy):
 
 def test_every_exposure_and_the_same_scale():
     clean = simulate_clean("nuclei", 30, 64, seed=2)
-    seen = exposed.expose_evenly(clean, make_rng(0, "x"))
+    seen = expose_evenly(clean, make_rng(0, "x"))
     photons = np.array([setup.photons for setup in seen.setups])
-    low, high = exposed.PHOTONS
+    low, high = PHOTONS
     assert photons.min() < 3 * low and photons.max() > high / 3 and ((photons >= low) & (photons <= high)).all()
-    truth = exposed.true_counts(clean, seen)
+    truth = true_counts(clean, seen)
     noise = seen.counts[:, 0].numpy() - truth
     assert np.abs(noise.mean((1, 2)) / noise.std((1, 2)) * 64).max() < 4.5             # mean 0, up to its own standard error
     fields = exposed.exposed_fields(clean, make_rng(0, "x"))
     assert np.array_equal(fields[0].counts, seen.counts[0, 0].numpy()) and np.allclose(fields[0].target, truth[0])
     assert len({f.group for f in fields}) == len(fields)
-    assert {round(s.photons) for s in exposed.expose_evenly(clean, make_rng(0, "x"), 20).setups} == {20}
+    assert {round(s.photons) for s in expose_evenly(clean, make_rng(0, "x"), 20).setups} == {20}
 
 
 def test_an_image_whose_noise_is_unknown_is_left_out(monkeypatch):

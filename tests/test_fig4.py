@@ -137,7 +137,7 @@ def test_thirty_pairs_are_split_without_sharing_a_scene():
 def test_the_test_fields_come_from_other_optics():
     made, fields = thirty.simulate_thirty(0), thirty.draw_fields("held-out", 2, size_px=64)
     inside = lambda value, bands: any(low <= value <= high for low, high in bands)
-    from fluogen.data.microscopes import HELD_OUT, TRAIN
+    from fluogen.simulation.microscopes import HELD_OUT, TRAIN
     assert all(inside(s.photons, TRAIN.photons) and not inside(s.photons, HELD_OUT.photons) for s in made.setups)
     assert all(inside(s.photons, HELD_OUT.photons) and not inside(s.photons, TRAIN.photons) for s in fields.setups)
 

@@ -12,7 +12,7 @@ from toys import save_interval_toy
 
 from fluogen.core import make_rng
 from fluogen.io.image import write_image
-from fluogen.data.microscopes import HELD_OUT, TRAIN, list_overlaps
+from fluogen.simulation.microscopes import HELD_OUT, TRAIN, list_overlaps
 from fluogen.diffusion.zoo import load_weights
 from fluogen.report.claims import judge
 from fluogen.report.maps import COLUMNS, MapError, draw_interval_figure, map_panels

@@ -14,7 +14,8 @@ from fluogen.diffusion.session import load_weights as load_trained
 from fluogen.datasets.pairs import FinetuneError, Pairs
 from fluogen.tasks.finetune import (
     ControlFitter, DirectFitter, FitConfig, NetworkFitter, draw_batch, drop_some, fit, validation_psnr)
-from fluogen.tasks.scenes import Rounds, draw_rows, turn
+from fluogen.simulation.stream import Rounds, draw_rows
+from fluogen.tasks.scenes import turn
 
 QUICK = FitConfig(steps=6, batch=2, crop_px=16, validate_every=2, warmup=1, precision="fp32", lr=1e-3)
 

@@ -13,7 +13,7 @@ from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_g
 from fluogen.tasks.generate import GenerateError
 from fluogen.tasks.grading import BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes
 from fluogen.tasks.prior import DEALS, Deal, dealt
-from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
+from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt")         # the toy knows three prompts

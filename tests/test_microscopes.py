@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
-from fluogen.data.microscopes import (HELD_OUT, OUT_OF_RANGE, REFERENCE_PIXEL_UM, TRAIN, OpticsRange,
-                                      draw_setups, list_overlaps)
-from fluogen.data.optics import OpticsError
+from fluogen.simulation.microscopes import (
+    HELD_OUT, OUT_OF_RANGE, REFERENCE_PIXEL_UM, TRAIN, OpticsRange, draw_setups, list_overlaps)
+from fluogen.simulation.optics import OpticsError
 
 
 def inside(value, bands):

@@ -7,11 +7,12 @@ import torch
 from scipy.ndimage import gaussian_filter, zoom
 
 from fluogen.core import make_generator, make_rng
-from fluogen.data.microscopes import TRAIN, draw_setups
+from fluogen.simulation.microscopes import TRAIN, draw_setups
 from fluogen.preprocessing.noise import (
     NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair, points_of_image)
-from fluogen.data.optics import Camera, bin_to_camera, detect, widefield
-from fluogen.data.phantom import STRUCTURES, render
+from fluogen.simulation.camera import Camera, detect
+from fluogen.simulation.optics import bin_to_camera, widefield
+from fluogen.simulation.structures import STRUCTURES, render
 from fluogen.preprocessing.anscombe import lighten, stabilise
 
 FMD = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "denoise_pairs" / "fmd"

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from fluogen.data.optics import (Camera, Optics, OpticsError, bin_to_camera, detect, otf, sim_otf,
-                                 sim_raw_frames, sim_target, widefield, widefield_and_target)
+from fluogen.simulation.camera import Camera, detect
+from fluogen.simulation.optics import (
+    Optics, OpticsError, bin_to_camera, otf, sim_otf, sim_raw_frames, sim_target, widefield, widefield_and_target)
 
 BIOSR = Optics(na=1.41, wavelength_nm=525)
 

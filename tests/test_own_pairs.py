@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from fluogen.cli import main
 from fluogen.core import FluogenError
 from fluogen.io.image import read_image, write_image
-from fluogen.data.pairs import simulate_pairs
+from fluogen.simulation.pairs import simulate_pairs
 from fluogen.datasets.registry import load_dataset
 from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks import finetune, own_pairs

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fluogen.core import FluogenError
-from fluogen.data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN, OpticsRange, Setup
-from fluogen.data.optics import Camera, Optics, OpticsError
+from fluogen.simulation.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN, OpticsRange, Setup
+from fluogen.simulation.camera import Camera
+from fluogen.simulation.optics import Optics, OpticsError
 from fluogen.preprocessing.normalize import find_percentile, scale_percentile
-from fluogen.data.pairs import GROUP, RANGES, SPLITS, _expose, degrade_images, simulate_pairs, simulate_targets
-from fluogen.data.phantom import STRUCTURES
+from fluogen.simulation.pairs import GROUP, RANGES, SPLITS, _expose, degrade_images, simulate_pairs, simulate_targets
+from fluogen.simulation.structures import STRUCTURES
 
 SR = ["microtubules", "factin", "er", "ccps"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fluogen.io.image import Image, write_image
-from fluogen.data.pairs import simulate_targets
+from fluogen.simulation.pairs import simulate_targets
 from fluogen.datasets.record import Record
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.diffusion.shape import BackboneConfig
@@ -15,7 +15,7 @@ from fluogen.diffusion.zoo import load_weights
 from fluogen.tasks.open_images import OpenImagesError, draw_crop, known_prompt, licences, may_learn, open_images
 from fluogen.tasks import prior
 from fluogen.tasks.prior import DEALS, Deal, RecipeError, dealt, draw_times, prior_batch, scenes_seen, train_prior
-from fluogen.tasks.scenes import PAPER_PROMPTS, Rounds
+from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
 
 
 @pytest.fixture

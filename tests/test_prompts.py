@@ -10,7 +10,7 @@ from toys import PROMPTS
 
 from fluogen.diffusion.prompts import (ClipEncoder, PromptError, WordEncoder, drop_prompts, pick_caption,
                                        split_words)
-from fluogen.tasks.scenes import PAPER_PROMPTS
+from fluogen.simulation.stream import PAPER_PROMPTS
 
 
 @pytest.fixture

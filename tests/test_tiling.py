@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from toys import make_weights
 
-from fluogen.data.pairs import simulate_pairs
+from fluogen.simulation.pairs import simulate_pairs
 from fluogen.tasks.restore import restore_unit
 from fluogen.tasks.settings import RestoreSettings, load_for_task
 from fluogen.tasks.tiling import TilingError, fade, fade_window, pad_reflect, plan_tiles, run_tiled, tile_starts

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from ..core import derive_seed, make_rng
-from ..data.microscopes import HELD_OUT, OpticsRange
-from ..data.noisy import TEST_EXPOSURES, expose
+from ..simulation.microscopes import HELD_OUT, OpticsRange
+from ..simulation.camera import TEST_EXPOSURES, expose
 from ..datasets.pairs import PairBatch
-from ..data.pairs import simulate_clean
+from ..simulation.pairs import simulate_clean
 from ..diffusion.zoo import load_weights, state_fact
 from ..metrics.intervals import paired_interval
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, derive_seed, make_rng
-from ..data.pairs import simulate_targets
+from ..simulation.pairs import simulate_targets
 from ..diffusion.backbone import Backbone
 from ..diffusion.prompts import WordEncoder
 from ..diffusion.schedule import Schedule, ScheduleConfig
@@ -28,7 +28,8 @@ from ..metrics.pictures import measure_brightness, wasserstein_distance
 from .generate import GenerateSettings, generate
 from .prior import prior_loss, training_facts
 from ..io.files import write_json
-from .scenes import PAPER_PROMPTS, Rounds, draw_rows, turn
+from ..simulation.stream import PAPER_PROMPTS, Rounds, draw_rows
+from .scenes import turn
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #663e56ae
 class BrightnessError(FluogenError):

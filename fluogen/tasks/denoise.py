@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from ..core import choose_device, derive_seed, make_rng
-from ..data.microscopes import HELD_OUT, TRAIN
-from ..data.noisy import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
-from ..data.pairs import simulate_clean
-from ..data.phantom import STRUCTURES
+from ..simulation.microscopes import HELD_OUT, TRAIN
+from ..simulation.camera import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
+from ..simulation.pairs import simulate_clean
+from ..simulation.structures import STRUCTURES
 from ..preprocessing.anscombe import STABLE, noisy_light
 from ..diffusion.control import ControlConfig
 from ..diffusion.direct import DirectConfig
@@ -26,7 +26,7 @@ from ..datasets.pairs import Pairs
 from .finetune import ControlFitter, DirectFitter, draw_batch
 from .prior import training_facts
 from .recipes import adapt_prior, keep_weights, licence_after, module_configs, summary_after
-from .scenes import Rounds
+from ..simulation.stream import Rounds
 
 # %% ../../nbs/lib/tasks/42_denoise.ipynb #b75120db
 DENOISE = DirectConfig(scale=1, matched=True)

@@ -17,14 +17,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import FluogenError, derive_seed, make_rng
-from ..data.pairs import simulate_targets
-from ..data.phantom import STRUCTURES, structure_of
+from ..simulation.pairs import simulate_targets
+from ..simulation.structures import STRUCTURES, structure_of
 from ..diffusion.session import load_weights as load_trained
 from ..diffusion.optimise import TrainConfig
 from ..diffusion.train import train
 from ..diffusion.zoo import load_weights, save_weights
 from .prior import training_facts
-from .scenes import PAPER_PROMPTS, Rounds, draw_rows, turn
+from ..simulation.stream import PAPER_PROMPTS, Rounds, draw_rows
+from .scenes import turn
 
 # %% ../../nbs/lib/tasks/44_encoder.ipynb #f2863981
 class EncoderError(FluogenError):

@@ -10,7 +10,7 @@ __all__ = ['PUBLISHED', 'CONVENTIONS', 'COLUMNS', 'CLAIMS', 'SOURCE', 'draw_pict
 import numpy as np
 
 from ..core import FluogenError, derive_seed
-from ..data.pairs import simulate_targets
+from ..simulation.pairs import simulate_targets
 from .generate import GenerateSettings, generate, pixel_of_prompt
 from .records import RecordError, read_record
 

@@ -10,7 +10,7 @@ __all__ = ['SHOWN', 'LABELS', 'CONVENTIONS', 'STATISTICS', 'draw_shown', 'figure
 import numpy as np
 
 from ..core import derive_seed, make_rng
-from ..data.pairs import simulate_targets
+from ..simulation.pairs import simulate_targets
 from ..diffusion.zoo import load_weights
 from .brightness import PROCESSES, SAMPLING, WORDS, crop_and_expose
 from .generate import GenerateSettings, generate

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError
-from ..data.microscopes import REFERENCE_PIXEL_UM
+from ..simulation.microscopes import REFERENCE_PIXEL_UM
 from ..datasets.pairs import PairBatch
 from ..datasets.registry import load_dataset
 from ..diffusion.direct import upsample

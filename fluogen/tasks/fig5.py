@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ..preprocessing.noise import NoiseError, estimate_noise
-from ..data.noisy import TEST_EXPOSURES
-from ..data.optics import UPSAMPLING
+from ..simulation.camera import TEST_EXPOSURES
+from ..simulation.optics import UPSAMPLING
 from ..diffusion.zoo import ZooError, load_weights
 from ..metrics.intervals import paired_interval
 from .bench30 import load_method, run_method, tell_ends

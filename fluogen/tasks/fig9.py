@@ -15,10 +15,10 @@ import torch
 
 from ..core import FluogenError, hash_array, make_rng, to_unit
 from ..io.image import read_image
-from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, OpticsRange
+from ..simulation.microscopes import HELD_OUT, OUT_OF_RANGE, OpticsRange
 from ..datasets.pairs import PairBatch
-from ..data.pairs import MARGIN_PX, degrade_images, simulate_pairs
-from ..data.phantom import STRUCTURES
+from ..simulation.pairs import MARGIN_PX, degrade_images, simulate_pairs
+from ..simulation.structures import STRUCTURES
 from ..datasets.registry import load_dataset
 from ..diffusion.quantiles import run_three_chains, with_heads
 from ..diffusion.sampler import NoiseField

@@ -19,7 +19,7 @@ import torch
 from .. import __version__
 from ..core import FluogenError, make_rng, to_unit
 from ..io.image import Image, read_image, write_image
-from ..data.phantom import STRUCTURES
+from ..simulation.structures import STRUCTURES
 from ..diffusion.prompts import pick_caption, split_words
 from ..diffusion.sampler import SAMPLERS, NoiseField, guide
 from ..diffusion.schedule import GRIDS

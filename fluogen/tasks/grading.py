@@ -17,8 +17,8 @@ import torch
 
 from ..core import FluogenError, derive_seed, make_rng
 from ..io.files import atomic_write
-from ..data.pairs import simulate_targets
-from ..data.phantom import structure_of
+from ..simulation.pairs import simulate_targets
+from ..simulation.structures import structure_of
 from ..diffusion.zoo import load_weights
 from ..metrics.copies import check_copies, find_nearest, shrink_pictures, turn_pictures
 from ..metrics.generation import (compare_kernel_distances, diversity, frechet_distance, kernel_distance,
@@ -29,7 +29,7 @@ from .encoder import Encoder, default_encoder, embed
 from .generate import GenerateSettings, check_size, generate
 from ..io.files import write_json
 from .prior import scenes_seen
-from .scenes import PAPER_PROMPTS, Rounds
+from ..simulation.stream import PAPER_PROMPTS, Rounds
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #3fd6658e
 class GradingError(FluogenError):

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..core import choose_device, derive_seed, make_rng, to_model
-from ..data.microscopes import HELD_OUT, TRAIN
-from ..data.pairs import simulate_clean, simulate_pairs
-from ..data.phantom import STRUCTURES
+from ..simulation.microscopes import HELD_OUT, TRAIN
+from ..simulation.pairs import simulate_clean, simulate_pairs
+from ..simulation.structures import STRUCTURES
 from ..preprocessing.anscombe import STABLE
 from ..diffusion.direct import restore_direct
 from ..diffusion.quantiles import HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss
@@ -23,12 +23,14 @@ from ..diffusion.session import load_weights as load_trained
 from ..diffusion.optimise import TrainConfig
 from ..diffusion.train import train
 from ..diffusion.zoo import Weights, load_weights, save_weights
-from .exposed import PHOTONS, exposed_batch, exposed_fields, miss_by_exposure
+from ..simulation.camera import PHOTONS
+from .exposed import exposed_batch, exposed_fields, miss_by_exposure
 from .finetune import drop_some
 from .intervals import FAMILIES_OF, calibrate_fields, simulated_fields
 from .prior import training_facts
 from .recipes import licence_after
-from .scenes import Rounds, draw_rows, turn
+from ..simulation.stream import Rounds, draw_rows
+from .scenes import turn
 from .settings import RestoreSettings
 from ..uncertainty.certificate import save_calibration
 from ..uncertainty.families import CalibrationError

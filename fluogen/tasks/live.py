@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, make_generator, to_model, to_unit
-from ..data.pairs import simulate_pairs, simulate_targets
+from ..simulation.pairs import simulate_pairs, simulate_targets
 from ..preprocessing.anscombe import noisy_light
 from ..diffusion.backbone import embed_time
 from ..diffusion.control import ControlBranch

@@ -16,9 +16,9 @@ import torch
 from ..core import FluogenError, derive_seed, hash_array, make_rng
 from ..io.image import read_image
 from ..preprocessing.noise import NoiseError
-from ..data.noisy import TEST_EXPOSURES, expose_anyhow
+from ..simulation.camera import TEST_EXPOSURES, expose_anyhow
 from ..datasets.pairs import PairBatch
-from ..data.pairs import simulate_clean
+from ..simulation.pairs import simulate_clean
 from ..datasets.registry import load_dataset
 from ..preprocessing.anscombe import show_noisy
 from .denoise import ROWS, held_out_fields

@@ -13,7 +13,8 @@ from ..core import FluogenError, make_rng
 from ..preprocessing.normalize import scale_to_unit
 from ..io.image import read_image
 from ..datasets.registry import load_dataset
-from .scenes import PAPER_PROMPTS, turn
+from ..simulation.stream import PAPER_PROMPTS
+from .scenes import turn
 
 # %% ../../nbs/lib/tasks/27_open_images.ipynb #ac92b0f3
 NAMES = {"er": ("ER",), "mitochondria": ("Mitochondria",), "microtubules": ("Microtubules",),   # what data sets say -> our words

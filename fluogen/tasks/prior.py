@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from ..core import FluogenError, choose_device, make_rng, to_model
-from ..data.pairs import simulate_targets
-from ..data.phantom import STRUCTURES
+from ..simulation.pairs import simulate_targets
+from ..simulation.structures import STRUCTURES
 from ..diffusion.backbone import Backbone
 from ..diffusion.prompts import WordEncoder, drop_prompts
 from ..diffusion.schedule import Schedule, ScheduleConfig
@@ -25,7 +25,8 @@ from ..diffusion.optimise import TrainConfig
 from ..diffusion.train import train
 from ..diffusion.zoo import list_weights, load_weights, save_weights
 from .open_images import draw_crop, licences, open_images
-from .scenes import OTHER_STRUCTURES, PAPER_PROMPTS, SR_STRUCTURES, Rounds, draw_rows, turn
+from ..simulation.stream import OTHER_STRUCTURES, PAPER_PROMPTS, SR_STRUCTURES, Rounds, draw_rows
+from .scenes import turn
 
 # %% ../../nbs/lib/tasks/35_prior.ipynb #6e76833e
 class RecipeError(FluogenError):

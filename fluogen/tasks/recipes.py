@@ -20,10 +20,10 @@ from ..diffusion.train import train
 from ..diffusion.zoo import CARD_KEYS, load_weights, save_weights
 from .finetune import ControlFitter, DirectFitter, draw_batch, validation_psnr
 from .prior import RecipeError, training_facts
-from .scenes import SR_STRUCTURES, Rounds, draw_rows
-from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
-from ..data.pairs import simulate_pairs
-from ..data.phantom import STRUCTURES
+from ..simulation.stream import SR_STRUCTURES, Rounds, draw_rows
+from ..simulation.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
+from ..simulation.pairs import simulate_pairs
+from ..simulation.structures import STRUCTURES
 
 # %% ../../nbs/lib/tasks/40_recipes.ipynb #b23add5f
 def sr_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:

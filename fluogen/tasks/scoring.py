@@ -22,7 +22,8 @@ from ..metrics.intervals import paired_interval
 from ..metrics.resolution import fourier_ring_correlation, fourier_ring_resolution
 from ..metrics.restoration import fit_linear, score_restoration
 from ..metrics.structures import structure_errors
-from .baselines import Bicubic, build_baseline, deconvolve, make_psf, tune_deconvolution
+from ..simulation.optics import make_psf
+from .baselines import Bicubic, build_baseline, deconvolve, tune_deconvolution
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, SR_BENCH, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
 from ..datasets.pairs import as_pairs

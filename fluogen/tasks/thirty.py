@@ -14,13 +14,13 @@ import torch
 
 from ..core import FluogenError, derive_seed, make_rng
 from ..io.image import read_image
-from ..data.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
+from ..simulation.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..datasets.pairs import PairBatch
-from ..data.pairs import MARGIN_PX, degrade_images, simulate_pairs
+from ..simulation.pairs import MARGIN_PX, degrade_images, simulate_pairs
 from ..datasets.registry import load_dataset
 from ..datasets.pairs import Pairs
 from ..datasets.pairs import as_pairs
-from .scenes import SR_STRUCTURES
+from ..simulation.stream import SR_STRUCTURES
 
 # %% ../../nbs/lib/tasks/45_thirty.ipynb #4484bd5c
 UNSEEN = "mitochondria"                              # a structure outside the thirty simulated pairs
