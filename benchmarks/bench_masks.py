@@ -14,7 +14,8 @@ from fluogen.diffusion.zoo import load_weights
 from fluogen.datasets.pairs import Pairs
 from fluogen.tasks.finetune import fit
 from fluogen.datasets.pairs import read_mask_pair
-from fluogen.tasks.masks import MASK_CONFIG, MaskFitter, measure_following
+from fluogen.metrics.segmentation import measure_following
+from fluogen.tasks.masks import MASK_CONFIG, MaskFitter
 from fluogen.datasets.pairs import gather_tiles
 from fluogen.tasks.own_pairs import split_pairs
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from fluogen.metrics.copies import check_copies, find_nearest, shrink_pictures, turn_pictures
+from fluogen.metrics.memorization import check_copies, find_nearest, shrink_pictures, turn_pictures
 from fluogen.metrics.restoration import MetricError
 
 DICE = np.random.default_rng(1)
@@ -49,7 +49,7 @@ def test_thin_rings_half_a_sample_off_are_found_among_other_rings(monkeypatch):
     moved = np.roll(train[:40], (2, 2), (1, 2))                             # half a sample of 4 pixels
     lost = lambda: int((find_nearest(moved, train)[1] != np.arange(40)).sum())
     assert lost() == 0
-    monkeypatch.setattr("fluogen.metrics.copies.LIKELY", 1)
+    monkeypatch.setattr("fluogen.metrics.memorization.LIKELY", 1)
     assert lost() > 0                                                       # what the closer look is for
 
 
@@ -68,7 +68,7 @@ def test_honest_pictures_are_flagged_no_more_often_than_chance(sets):
 
 
 def test_the_limit_knows_how_uncertain_the_threshold_is():
-    from fluogen.metrics.copies import CopyCheck, rank_of
+    from fluogen.metrics.memorization import CopyCheck, rank_of
     limit = lambda n, k: CopyCheck(np.zeros(n, bool), None, None, np.zeros(k), 0.0, 0.01).limit
     assert limit(1000, 100_000) == pytest.approx(0.015, abs=0.001) and limit(1000, 100) > 0.025 and (rank_of(0.01, 100), rank_of(0.01, 250)) == (1, 3)
     over = []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toys import save_toy
 
-from fluogen.metrics.copies import shrink_pictures
+from fluogen.metrics.memorization import shrink_pictures
 from fluogen.tasks import grading
 from fluogen.tasks.encoder import load_encoder
 from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_grades, tell

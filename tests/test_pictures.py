@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from scipy.stats import wasserstein_distance as reference
 
-from fluogen.metrics.pictures import (average_over_labels, histogram_distance, mean_log_spectrum, measure_brightness, spectrum_distance,
-                                      wasserstein_distance)
+from fluogen.metrics.generation import (
+    average_over_labels, histogram_distance, mean_log_spectrum, measure_brightness, spectrum_distance,
+    wasserstein_distance)
 from fluogen.metrics.restoration import MetricError
 
 DICE = np.random.default_rng(0)

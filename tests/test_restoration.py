@@ -6,11 +6,11 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
 from fluogen.metrics import restoration as R
-from fluogen.metrics.intervals import paired_interval
+from fluogen.metrics.bootstrap import paired_interval
 from fluogen.metrics.resolution import (correlate_rings, fourier_ring_correlation, fourier_ring_resolution,
                                         split_checkerboard)
 from fluogen.metrics.restoration import MetricError
-from fluogen.metrics.structures import locate_errors, structure_errors
+from fluogen.metrics.hallucination import locate_errors, structure_errors
 
 
 def gaussian_window():
@@ -307,5 +307,5 @@ def test_interval_refusals():
 
 def test_conventions_name_every_score():
     t = np.random.default_rng(0).random((180, 180))
-    assert set(R.score_restoration(t, t, 1)) == set(R.CONVENTIONS)
-    assert all(not re.search(r"\n", text) for text in R.CONVENTIONS.values())
+    assert set(R.score_restoration(t, t, 1)) == set(R.RESTORATION_CONVENTIONS)
+    assert all(not re.search(r"\n", text) for text in R.RESTORATION_CONVENTIONS.values())

@@ -9,7 +9,8 @@ __all__ = ['COLOURS', 'draw_curves']
 import numpy as np
 
 from .figure import mark_profile, picture_style
-from ..tasks.bench_pairs import COUNTS, FEW, LONG, N_FIELDS, TUNINGS, interval_of, laboratories_of
+from ..metrics.bootstrap import mean_interval
+from ..tasks.bench_pairs import COUNTS, FEW, LONG, N_FIELDS, TUNINGS, laboratories_of
 from ..tasks.fig5b import NAMES, curves
 
 # %% ../../nbs/lib/report/75_curves.ipynb #e5b80105
@@ -18,7 +19,7 @@ COLOURS = {"fluogen": "#c2410c", "norms": "#0f766e", "low-rank": "#7c3aed", "anc
 
 def _line(axis, curve: dict, method: str, zero: float):
     counts = [n for n in sorted(curve) if n > 0]
-    points = np.array([interval_of(curve[n] - zero) for n in counts])
+    points = np.array([mean_interval(curve[n] - zero) for n in counts])
     axis.plot(counts, points[:, 0], marker="o", markersize=3, color=COLOURS[method], label=NAMES[method])
     if np.isfinite(points).all():
         axis.fill_between(counts, points[:, 1], points[:, 2], color=COLOURS[method], alpha=0.12, linewidth=0)
@@ -32,7 +33,7 @@ def _diamonds(axis, record: dict) -> bool:
             there = laboratories_of(record, method, n)
             gains = np.array([there[seed] - zero[seed] for seed in sorted(set(there) & set(zero))])
             if len(gains):
-                mean, low, high = interval_of(gains)
+                mean, low, high = mean_interval(gains)
                 bars = [[mean - low], [high - mean]] if np.isfinite(low) else None
                 axis.errorbar(n * (0.88, 1.0, 1.14)[place], mean, bars, fmt="D", markersize=4.5, markerfacecolor="white",
                               color=COLOURS[method.removesuffix("-long")], elinewidth=0.8, zorder=5)

@@ -19,7 +19,7 @@ from ..core import derive_seed
 from ..preprocessing.anscombe import STABLE, noisy_light
 from ..diffusion.backbone import Backbone
 from ..diffusion.zoo import load_weights
-from ..metrics.intervals import paired_interval
+from ..metrics.bootstrap import paired_interval
 from ..metrics.restoration import score_restoration
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs
 from .denoise import DENOISE

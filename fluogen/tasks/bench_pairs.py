@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTS', 'FEW', 'CURVE_CONFIG', 'TUNED', 'METHODS', 'LONG', 'TUNINGS', 'AT', 'N_FIELDS', 'SERIES',
            'SAMPLE_SIZE_BENCH', 'describe_laboratory', 'laboratory_pairs', 'draw_pairs', 'make_fitter', 'score_method',
-           'score_once', 'run_curve', 'laboratories_of', 'curve_of', 'interval_of', 'find_crossing', 'gain_table',
-           'expect_gain']
+           'score_once', 'run_curve', 'laboratories_of', 'curve_of', 'find_crossing', 'gain_table', 'expect_gain']
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #78ffd14a
 import json
@@ -17,21 +16,19 @@ import numpy as np
 import torch
 
 from ..core import derive_seed, make_rng
-from ..simulation.microscopes import HELD_OUT, OpticsRange
+from ..io.files import write_json_once
+from ..datasets.pairs import PairBatch, Pairs, as_pairs
 from ..simulation.camera import TEST_EXPOSURES, expose
-from ..datasets.pairs import PairBatch
+from ..simulation.microscopes import HELD_OUT, OpticsRange
 from ..simulation.pairs import simulate_clean
+from ..metrics.bootstrap import mean_interval
 from ..diffusion.zoo import load_weights, state_fact
-from ..metrics.intervals import paired_interval
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs
 from .bench_denoise import DENOISE_BENCH, restore_fields, score_fields
 from .denoise import ROWS
 from .fewer import restrict
-from ..datasets.pairs import Pairs
 from .noisy_thirty import judge_by_truth, split_few
-from ..io.files import write_json_once
 from .records import join_record
-from ..datasets.pairs import as_pairs
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #2df28524
 COUNTS = (2, 5, 10, 30, 100, 300)
@@ -144,14 +141,6 @@ def curve_of(record: dict, method: str) -> dict[int, np.ndarray]:
     return {n: np.array([values[seed] for seed in sorted(values)]) for n, values in found.items()}
 
 
-def interval_of(values: np.ndarray) -> tuple[float, float, float]:
-    "Mean over laboratories and its 95 % interval; the interval is (nan, nan) for one laboratory."
-    if len(values) < 2:
-        return float(np.mean(values)), float("nan"), float("nan")
-    found = paired_interval(np.asarray(values, float))
-    return found.mean, found.low, found.high
-
-
 def find_crossing(record: dict, ours: str = "fluogen", theirs: str = "care") -> float | None:
     "Number of pairs from which theirs is as good, interpolated in log; None where that never happens."
     one, two = curve_of(record, ours), curve_of(record, theirs)
@@ -183,6 +172,6 @@ def expect_gain(
     more = [n for n in counts if n > have and len(curve[n]) == len(curve[have])]
     if not more:
         return f"More images: the curve of simulated acquisition settings ends at {counts[-1]} pairs of 128 x 128; {yours}."
-    gain, low, high = interval_of(curve[more[0]] - curve[have])
+    gain, low, high = mean_interval(curve[more[0]] - curve[have])
     return (f"More images: in simulated acquisition settings {more[0]} pairs of 128 x 128 in place of {have} gained {gain:+.1f} dB "
             f"({low:+.1f} to {high:+.1f}); {yours}.")

@@ -24,7 +24,7 @@ from ..diffusion.shape import BackboneConfig
 from ..diffusion.optimise import TrainConfig
 from ..diffusion.train import train
 from ..diffusion.zoo import load_weights, save_weights
-from ..metrics.pictures import measure_brightness, wasserstein_distance
+from ..metrics.generation import measure_brightness, wasserstein_distance
 from .generate import GenerateSettings, generate
 from .prior import prior_loss, training_facts
 from ..io.files import write_json

@@ -21,7 +21,7 @@ from ..datasets.pairs import PairBatch
 from ..datasets.registry import load_dataset
 from ..diffusion.direct import upsample
 from ..metrics import restoration
-from ..metrics.intervals import paired_interval
+from ..metrics.bootstrap import paired_interval
 from .bench30 import LEARNED
 from ..datasets.pairs import read_pair
 from .scoring import classical_methods, open_fitter, restore_fields
@@ -31,7 +31,7 @@ from .thirty import draw_fields
 CONVENTIONS = {"normalisation": "each image by its own percentiles (input 0.1 and 99.9; truth 0 and 99.9), clipped to [0, 1]",
                "data_range": 1.0, "crop": "none", "averaging": "mean over fields",
                "nrmse": "after a linear fit of gain and offset to the truth",
-               "ssim": restoration.CONVENTIONS["ssim"], "ms_ssim": restoration.CONVENTIONS["ms_ssim"],
+               "ssim": restoration.RESTORATION_CONVENTIONS["ssim"], "ms_ssim": restoration.RESTORATION_CONVENTIONS["ms_ssim"],
                "cut-off": "Fourier ring correlation with the truth, threshold 1/2",
                "own resolution": "Fourier ring correlation of a binomial split, 500 counts a unit, threshold 1/7",
                "structure": "resolution elements of 0.1 um, or two pixels where they are larger; tolerance one element"}

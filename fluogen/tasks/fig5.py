@@ -17,7 +17,7 @@ from ..preprocessing.noise import NoiseError, estimate_noise
 from ..simulation.camera import TEST_EXPOSURES
 from ..simulation.optics import UPSAMPLING
 from ..diffusion.zoo import ZooError, load_weights
-from ..metrics.intervals import paired_interval
+from ..metrics.bootstrap import paired_interval
 from .bench30 import load_method, run_method, tell_ends
 from .bench_denoise import DENOISE_BENCH, LEARNED, METHODS, best_baseline, classical, compare, open_denoiser, restore_fields
 from .denoise import DENOISE, ROWS, held_out_fields

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..diffusion.zoo import list_weights
 from .bench30 import TUNE_CONFIG, tell_ends
-from .bench_pairs import AT, FEW, METHODS, TUNINGS, curve_of, find_crossing, interval_of, laboratories_of
+from ..metrics.bootstrap import mean_interval
+from .bench_pairs import AT, FEW, METHODS, TUNINGS, curve_of, find_crossing, laboratories_of
 
 # %% ../../nbs/lib/tasks/76_fig5b.ipynb #74ac253f
 CONVENTIONS = {"normalisation": "light of the truth, background 0, 99.9th percentile 1", "data_range": 1.0, "crop": "none",
@@ -41,7 +42,7 @@ def summarise(record: dict) -> list[dict]:
     rows = []
     for method, curve in curves(record).items():
         for n, values in curve.items():
-            mean, low, high = interval_of(values)
+            mean, low, high = mean_interval(values)
             rows.append({"group": f"{n} pairs", "method": NAMES[method], "metric": "psnr", "value": mean,
                          "ci95": [low, high] if np.isfinite(low) else None, "n": len(values)})
     return rows
@@ -63,7 +64,7 @@ def _ahead(record, first: tuple, second: tuple) -> dict:
     both = sorted(set(one) & set(two))
     if not both:
         return dict(measured=None, why="not in the record yet: fluogen train bench-pairs")
-    mean, low, high = interval_of(np.array([one[seed] - two[seed] for seed in both]))
+    mean, low, high = mean_interval(np.array([one[seed] - two[seed] for seed in both]))
     called = [f"{NAMES[method]}, {n} pairs" for method, n in (first, second)]
     why = f"{called[0]}, against {called[1]}; {len(both)} laboratories"
     fits = [fit for fit in record.get("fits", ()) if fit.get("seed") in both]
@@ -105,7 +106,7 @@ def _judge_default(record: dict | None) -> dict:
     if not others or "fluogen" not in gains:
         return claim | dict(measured=None, why="not in the record yet: fluogen train bench-pairs")
     next_best = max(others, key=lambda way: others[way].mean())
-    mean, low, high = interval_of((gains["fluogen"] - others[next_best]).mean(1))
+    mean, low, high = mean_interval((gains["fluogen"] - others[next_best]).mean(1))
     why = f"against {NAMES[next_best]}, mean over {', '.join(map(str, FEW))} pairs; {len(shared)} laboratories"
     return claim | dict(measured=mean, why=why) | (dict(ci95=(low, high)) if np.isfinite(low) else {})
 

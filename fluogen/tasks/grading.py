@@ -20,11 +20,11 @@ from ..io.files import atomic_write
 from ..simulation.pairs import simulate_targets
 from ..simulation.structures import structure_of
 from ..diffusion.zoo import load_weights
-from ..metrics.copies import check_copies, find_nearest, shrink_pictures, turn_pictures
+from ..metrics.memorization import check_copies, find_nearest, shrink_pictures, turn_pictures
 from ..metrics.generation import (compare_kernel_distances, diversity, frechet_distance, kernel_distance,
                                         precision_recall, prompt_fidelity)
-from ..metrics.pictures import (as_stack, average_over_labels, histogram_distance, measure_brightness,
-                                      spectrum_distance, wasserstein_distance)
+from ..metrics.generation import (
+    as_stack, average_over_labels, histogram_distance, measure_brightness, spectrum_distance, wasserstein_distance)
 from .encoder import Encoder, default_encoder, embed
 from .generate import GenerateSettings, check_size, generate
 from ..io.files import write_json

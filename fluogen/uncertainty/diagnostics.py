@@ -12,7 +12,7 @@ from itertools import repeat
 
 import numpy as np
 
-from ..metrics.intervals import Interval, paired_interval
+from ..metrics.bootstrap import Interval, paired_interval
 from .calibration import name_image
 from .certificate import LEVELS, Calibration
 from .families import EDGES, CalibrationError, bin_values, check_sets, find_edges, loss_curve
