@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from fluogen.diffusion.foreign import OriginalError, original_name, read_tensors, translate_config
 from fluogen.diffusion.original import IntervalHeads, import_original
-from fluogen.diffusion.sampler import sample_ddim
+from fluogen.diffusion.samplers import sample_ddim
 from fluogen.diffusion.schedule import Schedule, trailing_grid
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "original_checkpoint"

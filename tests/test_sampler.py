@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluogen.diffusion.sampler import (BLOCK_PX, SAMPLERS, NoiseField, guide, sample_ddim, sample_ddpm,
-                                       sample_dpmpp_2m)
+from fluogen.diffusion.samplers import BLOCK_PX, SAMPLERS, NoiseField, guide, sample_ddim, sample_ddpm, sample_dpmpp_2m
 from fluogen.diffusion.schedule import GRIDS, Schedule, ScheduleConfig, ScheduleError, trailing_grid
 
 SCHEDULE = Schedule()

@@ -19,7 +19,7 @@ from ..core import FluogenError, to_unit
 from ..preprocessing.anscombe import noise_of_light
 from .backbone import conv3, zero_start
 from .direct import restore_direct
-from .sampler import sample_ddim
+from .samplers import sample_ddim
 from .shape import JsonConfig, is_whole
 
 # %% ../../nbs/lib/diffusion/90_quantiles.ipynb #a6d6b4bc

@@ -19,7 +19,7 @@ from ..datasets.pairs import FinetuneError, Pairs
 from ..diffusion.control import ControlBranch, ControlConfig
 from ..diffusion.direct import DirectConfig, direct_loss, restore_direct
 from ..diffusion.optimise import TrainConfig
-from ..diffusion.sampler import NoiseField, sample_ddim
+from ..diffusion.samplers import NoiseField, sample_ddim
 from ..diffusion.schedule import trailing_grid
 from ..diffusion.session import load_weights as load_trained
 from ..diffusion.train import train

@@ -21,7 +21,7 @@ from ..core import FluogenError, make_rng, to_unit
 from ..io.image import Image, read_image, write_image
 from ..simulation.structures import STRUCTURES
 from ..diffusion.prompts import pick_caption, split_words
-from ..diffusion.sampler import SAMPLERS, NoiseField, guide
+from ..diffusion.samplers import SAMPLERS, NoiseField, guide
 from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, load_weights
 

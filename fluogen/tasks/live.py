@@ -17,7 +17,7 @@ from ..preprocessing.anscombe import noisy_light
 from ..diffusion.backbone import embed_time
 from ..diffusion.control import ControlBranch
 from ..diffusion.direct import upsample
-from ..diffusion.sampler import NoiseField, sample_dpmpp_2m
+from ..diffusion.samplers import NoiseField, sample_dpmpp_2m
 from ..diffusion.schedule import logsnr_grid
 from ..diffusion.shape import BackboneConfig
 from ..diffusion.zoo import Weights

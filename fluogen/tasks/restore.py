@@ -24,7 +24,7 @@ from ..preprocessing.labels import LABEL_NORMS, LabelError, show_labels
 from ..preprocessing.noise import SMALL, NoiseError, NoiseModel, estimate_noise
 from ..preprocessing.anscombe import STABLE, hold_light, show_noisy
 from ..diffusion.direct import restore_direct
-from ..diffusion.sampler import SAMPLERS, NoiseField
+from ..diffusion.samplers import SAMPLERS, NoiseField
 from ..diffusion.schedule import GRIDS
 from ..diffusion.zoo import Weights, load_weights
 from .settings import RestoreError, RestoreSettings, check_weights, fill_camera, load_for_task

@@ -13,7 +13,7 @@ from ..core import FluogenError
 from ..preprocessing.labels import LABEL_NORMS
 from ..preprocessing.anscombe import STABLE
 from ..diffusion.prompts import split_words
-from ..diffusion.sampler import SAMPLERS
+from ..diffusion.samplers import SAMPLERS
 from ..diffusion.zoo import Weights, ZooError, load_weights
 
 # %% ../../nbs/lib/tasks/08_settings.ipynb #704cba1c
