@@ -10,7 +10,7 @@ import torch
 
 from fluogen.preprocessing.labels import LABEL_NORMS, show_labels
 from fluogen.simulation.pairs import simulate_targets
-from fluogen.diffusion.zoo import load_weights
+from fluogen.models.zoo import load_weights
 from fluogen.datasets.pairs import Pairs
 from fluogen.tasks.finetune import fit
 from fluogen.datasets.pairs import read_mask_pair

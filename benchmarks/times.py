@@ -98,7 +98,7 @@ def pinball_loss():
     import torch
     from test_quantiles import masked_pinball
     from fluogen.core import make_generator
-    from fluogen.diffusion.quantiles import pinball
+    from fluogen.models.quantile_heads import pinball
     target = torch.randn(2, 256, 256, generator=make_generator(0, "speed"))
     guess = torch.zeros_like(target).requires_grad_()
     slow, fast = least_seconds(*(lambda loss=loss: loss(guess, target, 0.9).backward() for loss in (masked_pinball, pinball)), rounds=20)

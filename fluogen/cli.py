@@ -76,7 +76,7 @@ def run_support(args) -> int:
 def run_generate(args) -> int:
     "Pictures from prompts, each in a file of its own that says it is synthetic."
     from fluogen.io.files import check_writable
-    from fluogen.diffusion.zoo import load_weights
+    from fluogen.models.zoo import load_weights
     from fluogen.tasks.generate import GenerateSettings, generate_files
     settings = GenerateSettings(args.steps, args.sampler, args.grid, args.guidance, args.size, args.seed)
     if Path(args.out).suffix.lower() in (".tif", ".tiff", ".png") and not Path(args.out).exists():
@@ -96,7 +96,7 @@ def run_generate(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #9bac308c
 def run_weights(args) -> int:
     "List weights, or print a card."
-    from fluogen.diffusion.zoo import ZooError, find_weights, list_weights
+    from fluogen.models.zoo import ZooError, find_weights, list_weights
     if args.name:
         card = find_weights(args.name) / "card.md"
         if not card.is_file():

@@ -54,7 +54,7 @@ STUDY_FUNCTIONS = {"score-prior": score_the_prior, "brightness": compare_process
 
 def run_study(args, log=print) -> int:
     "Follow a study; what it measured goes to --out."
-    from fluogen.diffusion.zoo import weight_folders
+    from fluogen.models.zoo import weight_folders
     made = STUDY_FUNCTIONS[args.recipe](args, Path(args.out) if args.out else weight_folders()[1], Path(args.work) / args.recipe, log)
     print(made, flush=True)
     shelf = weight_folders()[0]
@@ -69,7 +69,7 @@ PRIORS = {"nano": ("fluogen-nano", None), "nano-generate": ("nano-generate", "fl
 # %% ../nbs/lib/87_training.ipynb #60b4e02f
 def run_train(args, log=print) -> int:
     "Follow a recipe; checkpoints go to --work, weights to --out. The same command goes on where it stopped."
-    from fluogen.diffusion.zoo import weight_folders
+    from fluogen.models.zoo import weight_folders
     out = Path(args.out) if args.out else weight_folders()[1]
     work = Path(args.work) / args.recipe
     common = dict(device=args.device, seed=args.seed, minutes=args.minutes)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fluogen.diffusion.backbone import Attention, Backbone, ResBlock, embed_time
-from fluogen.diffusion.shape import BackboneConfig, NetworkConfigError, NetworkInputError
+from fluogen.models.unet import Attention, Backbone, ResBlock, embed_time
+from fluogen.models.unet import BackboneConfig, NetworkConfigError, NetworkInputError
 
 SHAPES = {
     "tiny": BackboneConfig.tiny(),

@@ -4,12 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fluogen.models.classical import deconvolve
+
+from fluogen.models.classical import tune_deconvolution
+
+from fluogen.models.classical import BaselineError
+
+from fluogen.models.classical import Bicubic
+
 from fluogen.simulation.optics import make_psf
 
 from fluogen.simulation.optics import Optics, widefield
 from fluogen.metrics.restoration import ssim
 from fluogen.tasks import baselines as B
-from fluogen.tasks.networks import DFCAN, RCAN, CareUNet, amplitude, count_cost, upsample_bicubic
+from fluogen.models.baselines import DFCAN, RCAN, CareUNet, amplitude, count_cost, upsample_bicubic
 
 LEARNED = ("care", "dfcan", "rcan")
 TINY = {"care": lambda: CareUNet(first=6, depth=2, kernel=3),
@@ -80,7 +88,7 @@ def test_bicubic_is_exact_on_a_ramp(scale):
 @pytest.mark.parametrize("centre", [(31.5, 32.5), (30.2, 35.9), (33.0, 28.0)])
 def test_bicubic_keeps_the_centroid_of_a_spot(centre):
     camera = F.avg_pool2d(draw_spots([centre], (64, 64), 4.0), 2)
-    image, n = B.Bicubic()(camera)[0, 0], torch.arange(64)
+    image, n = Bicubic()(camera)[0, 0], torch.arange(64)
     found = (image.sum(1) * n).sum() / image.sum(), (image.sum(0) * n).sum() / image.sum()
     assert torch.tensor(found).sub(torch.tensor(centre)).abs().max() < 0.01
     assert image.sum() == pytest.approx(4 * float(camera.sum()), rel=1e-4)
@@ -88,14 +96,14 @@ def test_bicubic_keeps_the_centroid_of_a_spot(centre):
 
 def test_bicubic_fit_is_least_squares_and_nine_frames_are_averaged():
     condition, target = draw_pairs(3)
-    plain, fitted = B.Bicubic()(condition), B.Bicubic().fit(condition, target)
+    plain, fitted = Bicubic()(condition), Bicubic().fit(condition, target)
     gain, offset = np.polyfit(plain.numpy().ravel(), target.numpy().ravel(), 1)
     assert float(fitted.gain) == pytest.approx(gain, rel=1e-4)
     assert float(fitted.offset) == pytest.approx(offset, abs=1e-5)
     again = fitted.fit(condition, target)                           # a second fit starts afresh
     assert float(again.gain) == pytest.approx(gain, rel=1e-4)
     frames = torch.rand(1, 9, 8, 8)
-    torch.testing.assert_close(B.Bicubic(9)(frames), B.Bicubic()(frames.mean(1, keepdim=True)))
+    torch.testing.assert_close(Bicubic(9)(frames), Bicubic()(frames.mean(1, keepdim=True)))
 
 
 # ---- Richardson-Lucy
@@ -120,9 +128,9 @@ def test_richardson_lucy_sharpens_keeps_light_and_place():
     before = upsample_bicubic(condition)
     psf = make_psf(optics)
     sharpness = lambda image: float((image**2).sum() / image.sum() ** 2)
-    measured = [sharpness(before)] + [sharpness(B.deconvolve(condition, psf, n)) for n in (5, 20, 60)]
+    measured = [sharpness(before)] + [sharpness(deconvolve(condition, psf, n)) for n in (5, 20, 60)]
     assert measured == sorted(measured) and measured[-1] > 1.8 * measured[0]
-    after = B.deconvolve(condition, psf, 60)
+    after = deconvolve(condition, psf, 60)
     assert after.shape == density.shape and float(after.min()) >= 0
     assert float(after.sum()) == pytest.approx(float(before.clamp(min=0).sum()), rel=0.01)
     for y, x in places:
@@ -133,7 +141,7 @@ def test_richardson_lucy_sharpens_keeps_light_and_place():
 
 
 def test_richardson_lucy_leaves_a_flat_field_flat():
-    flat = B.deconvolve(torch.full((1, 1, 15, 22), 0.4), make_psf(Optics()), 30)
+    flat = deconvolve(torch.full((1, 1, 15, 22), 0.4), make_psf(Optics()), 30)
     assert flat.shape == (1, 1, 30, 44)
     torch.testing.assert_close(flat, torch.full_like(flat, 0.4), atol=0.004, rtol=0)
 
@@ -143,12 +151,12 @@ def test_tuning_picks_the_smallest_error_and_the_scale():
     rng = torch.Generator().manual_seed(0)
     noisy = condition + 0.03 * torch.randn(condition.shape, generator=rng)
     psf = make_psf(Optics())
-    tuned = B.tune_deconvolution(noisy, target, [psf, psf], candidates=(2, 10, 100))
+    tuned = tune_deconvolution(noisy, target, [psf, psf], candidates=(2, 10, 100))
     errors = dict(tuned.errors)
     assert set(errors) == {2, 10, 100} and errors[tuned.iterations] == min(errors.values())
     error = float((tuned.restore(noisy, psf) - target).square().mean().sqrt())
     assert error == pytest.approx(errors[tuned.iterations], rel=1e-3)
-    doubled = B.tune_deconvolution(noisy, 2 * target, psf, candidates=(tuned.iterations,))
+    doubled = tune_deconvolution(noisy, 2 * target, psf, candidates=(tuned.iterations,))
     assert doubled.gain == pytest.approx(2 * tuned.gain, rel=1e-3)
 
 
@@ -180,7 +188,7 @@ def test_two_pairs_can_be_learned_by_heart(name):
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
-    blurred = loss(B.Bicubic().fit(condition, target)(condition), target).item()
+    blurred = loss(Bicubic().fit(condition, target)(condition), target).item()
     assert value.item() < 0.5 * start and value.item() < 0.9 * blurred, (start, value.item(), blurred)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
@@ -198,9 +206,9 @@ def test_refusals_are_one_line():
     good = torch.rand(2, 1, 8, 8)
     for wrong in (lambda: B.build_baseline("unet"), lambda: B.build_baseline("richardson_lucy"),
                   lambda: B.build_baseline("care", 0), lambda: B.build_baseline("care", 1, 1.5),
-                  lambda: B.Bicubic()(good[0]), lambda: B.Bicubic()(good * float("nan")),
-                  lambda: B.deconvolve(good, psf[:-1], 3), lambda: B.deconvolve(good, 2 * psf, 3),
-                  lambda: B.deconvolve(good, [psf], 3), lambda: B.deconvolve(good.int(), psf, 3)):
-        with pytest.raises(B.BaselineError) as error:
+                  lambda: Bicubic()(good[0]), lambda: Bicubic()(good * float("nan")),
+                  lambda: deconvolve(good, psf[:-1], 3), lambda: deconvolve(good, 2 * psf, 3),
+                  lambda: deconvolve(good, [psf], 3), lambda: deconvolve(good.int(), psf, 3)):
+        with pytest.raises(BaselineError) as error:
             wrong()
         assert "\n" not in str(error.value)

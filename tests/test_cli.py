@@ -13,7 +13,7 @@ from toys import save_toy
 
 from fluogen import cli, say
 from fluogen.io.image import read_image, write_image
-from fluogen.diffusion import zoo
+from fluogen.models import zoo
 from fluogen.report import doctor
 
 

@@ -10,7 +10,7 @@ from toys import save_interval_toy, save_toy
 
 from fluogen.cli import main
 from fluogen.io.image import read_image, write_image
-from fluogen.diffusion.zoo import load_weights
+from fluogen.models.zoo import load_weights
 from fluogen.tasks import heads
 from fluogen.tasks.certified import unseen_pairs
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fluogen.diffusion.backbone import Backbone
-from fluogen.diffusion.control import ControlBranch, ControlConfig
-from fluogen.diffusion.shape import BackboneConfig, NetworkConfigError, NetworkInputError
+from fluogen.models.unet import Backbone
+from fluogen.models.controlnet import ControlBranch, ControlConfig
+from fluogen.models.unet import BackboneConfig, NetworkConfigError, NetworkInputError
 
 TINY, FOLDED = BackboneConfig.tiny(), BackboneConfig.tiny(stem="unshuffle2")
 LAYOUTS = {                         # name: (config, height and width of the condition for 16 x 24)

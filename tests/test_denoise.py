@@ -13,12 +13,13 @@ from fluogen.preprocessing.noise import NoiseModel
 from fluogen.simulation.camera import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
 from fluogen.simulation.pairs import simulate_clean
 from fluogen.preprocessing.anscombe import hold_light, lighten, noisy_light, show_noisy
-from fluogen.diffusion.backbone import Backbone
-from fluogen.diffusion.control import ControlBranch, ControlConfig
+from fluogen.models.unet import Backbone
+from fluogen.models.controlnet import ControlBranch, ControlConfig
 from fluogen.diffusion.direct import DirectConfig, direct_loss, match_time, restore_direct
-from fluogen.diffusion.prompts import WordEncoder
+from fluogen.models.text_encoder import WordEncoder
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
-from fluogen.diffusion.zoo import CARD_KEYS, load_weights, save_weights
+from fluogen.models.cards import CARD_KEYS
+from fluogen.models.zoo import load_weights, save_weights
 from fluogen.tasks import denoise, finetune
 from fluogen.tasks.bench30 import TUNE_CONFIG
 from fluogen.tasks.denoisers import hide_pixels

@@ -201,7 +201,7 @@ def test_one_image_of_many_structures_shows_its_blur():
 
 
 def load_calibration_of(model):
-    from fluogen.diffusion.zoo import load_weights
+    from fluogen.models.zoo import load_weights
     from fluogen.tasks.certified import certify
     from fluogen.tasks.settings import RestoreSettings
     return certify(load_weights(model), RestoreSettings(), model=model).calibration

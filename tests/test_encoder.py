@@ -5,10 +5,11 @@ import torch
 
 from fluogen.simulation.pairs import simulate_targets
 from fluogen.simulation.structures import STRUCTURES
-from fluogen.diffusion.zoo import load_weights
+from fluogen.models.zoo import load_weights
 from fluogen.metrics.generation import frechet_distance, kernel_distance
 from fluogen.tasks import encoder as room
-from fluogen.tasks.encoder import Encoder, EncoderError, blur_picture, embed, encoder_batch, load_encoder, measure_statistics
+from fluogen.models.image_encoder import EncoderError, ImageEncoder, embed, load_encoder, measure_statistics
+from fluogen.tasks.encoder import blur_picture, encoder_batch
 from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
 
 
@@ -97,7 +98,7 @@ def test_the_shipped_card_says_how_it_was_made():
                                           (np.full((1, 64, 64), np.nan), "finite"), (np.zeros((0, 64, 64)), "stack of pictures")])
 def test_what_is_no_picture_is_refused(wrong, words):
     with pytest.raises(EncoderError, match=words):
-        embed(Encoder(("a", "b")), wrong)
+        embed(ImageEncoder(("a", "b")), wrong)
 
 
 def test_other_weights_are_refused():

@@ -23,9 +23,9 @@ from fluogen.simulation.camera import EXPOSURES
 from fluogen.simulation.pairs import simulate_clean
 from fluogen.datasets.registry import load_dataset
 from fluogen.preprocessing.anscombe import noise_of_light
-from fluogen.diffusion.backbone import Backbone
-from fluogen.diffusion.quantiles import HeadsConfig, QuantileHeads, noise_scale, restore_direct_interval
-from fluogen.diffusion.zoo import list_weights, load_weights, save_weights
+from fluogen.models.unet import Backbone
+from fluogen.models.quantile_heads import HeadsConfig, QuantileHeads, noise_scale, restore_direct_interval
+from fluogen.models.zoo import list_weights, load_weights, save_weights
 from fluogen.tasks import exposed, heads
 from fluogen.tasks.certified import calibrate_source, certify, read_field
 from fluogen.tasks.intervals import as_shown, calibrate_fields, field_sets, load_heads, measured_unit, restore_sets

@@ -149,7 +149,7 @@ def test_the_shipped_record_is_whole():
         for method in (*bench30.LEARNED, "direct"):
             table = scoring.table_of(record, kind, "psnr", method)
             assert table.shape == (len(record["seeds"]), len(record["fields"][kind])) and np.isfinite(table).all()
-    from fluogen.diffusion.zoo import list_weights, load_weights
+    from fluogen.models.zoo import list_weights, load_weights
     named = {base.split("@")[0]: base for base in record["bases"]}
     assert {"fluogen-nano", "nano-sr", "nano-sr-direct"} <= set(named)
     shipped = [name for name in named if name in list_weights()]

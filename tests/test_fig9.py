@@ -13,7 +13,7 @@ from toys import save_interval_toy
 from fluogen.core import make_rng
 from fluogen.io.image import write_image
 from fluogen.simulation.microscopes import HELD_OUT, TRAIN, list_overlaps
-from fluogen.diffusion.zoo import load_weights
+from fluogen.models.zoo import load_weights
 from fluogen.report.claims import judge
 from fluogen.report.maps import COLUMNS, MapError, draw_interval_figure, map_panels
 from fluogen.report.run import PROFILES

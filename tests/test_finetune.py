@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from toys import PROMPTS, make_weights
 
-from fluogen.diffusion.control import ControlConfig
+from fluogen.models.controlnet import ControlConfig
 from fluogen.diffusion.session import load_weights as load_trained
 from fluogen.datasets.pairs import FinetuneError, Pairs
 from fluogen.tasks.finetune import (

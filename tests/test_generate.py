@@ -8,7 +8,7 @@ import pytest
 from fluogen.cli import main
 from fluogen.core import FluogenError
 from fluogen.io.image import read_image
-from fluogen.diffusion.prompts import split_words
+from fluogen.models.text_encoder import split_words
 from fluogen.tasks.generate import (GenerateError, GenerateSettings, generate, generate_files, list_pictures, place_pictures,
                                     plan_pictures, save_generated)
 from toys import PROMPTS, make_weights, save_toy

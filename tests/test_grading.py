@@ -8,7 +8,7 @@ from toys import save_toy
 
 from fluogen.metrics.memorization import shrink_pictures
 from fluogen.tasks import grading
-from fluogen.tasks.encoder import load_encoder
+from fluogen.models.image_encoder import load_encoder
 from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_grades, tell
 from fluogen.tasks.generate import GenerateError
 from fluogen.tasks.grading import BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes
@@ -67,7 +67,7 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
     assert len(said) == 4 + 4 + 4 + 2 and record["grades"]["ten passes"]["n"] == 64 and record["grades"]["guidance 2"]["n"] == 32
     before = said.copy()
     assert json.loads((run() / "scores.json").read_text())["grades"] == record["grades"] and said == before     # nothing drawn twice
-    monkeypatch.setattr("fluogen.tasks.records.weight_folders", lambda: [tmp_path])
+    monkeypatch.setattr("fluogen.models.zoo.weight_folders", lambda: [tmp_path])
     found, why = open_grades(record["weights"])
     assert why == "" and "ten passes" in format_grades(found) and tell(found, "")
     claims = {claim["id"]: claim for claim in figure_claims(found, "")}
@@ -90,7 +90,7 @@ def test_copies_are_looked_for_in_the_scenes_of_every_training(monkeypatch):
 
 
 def test_no_grades_is_one_line(toy, monkeypatch, tmp_path):
-    monkeypatch.setattr("fluogen.tasks.records.weight_folders", lambda: [tmp_path])
+    monkeypatch.setattr("fluogen.models.zoo.weight_folders", lambda: [tmp_path])
     record, why = open_grades("a@1")
     assert record is None and "fluogen train score-prior" in why and "\n" not in why
     with pytest.raises(GradingError, match="multiple of 4"):
@@ -105,14 +105,14 @@ def test_the_note_by_eye_is_about_the_shipped_prior():
     "New weights, new pictures: look at figure 3 again and write the note `What still looks wrong` anew, with their id."
     from tree import ROOT
 
-    from fluogen.diffusion.zoo import load_weights
+    from fluogen.models.zoo import load_weights
     cells = json.loads((ROOT / "nbs" / "fig3_synthesis.ipynb").read_text())["cells"]
     note = "".join(cells[-1]["source"])
     assert f"`{load_weights('nano-generate').id}`" in note and "seed" in note
 
 
 def test_blocks_know_their_prompts(toy, tmp_path):
-    from fluogen.diffusion.zoo import load_weights
+    from fluogen.models.zoo import load_weights
     images, seconds = draw_way(load_weights(toy), "guidance 2", 8, tmp_path, size_px=32, precision="fp32")
     assert len(images) == BLOCK * 16 == len(block_prompts(len(images))) and seconds > 0
     assert block_prompts(64)[:BLOCK] == [PAPER_PROMPTS[0]] * BLOCK

@@ -8,8 +8,8 @@ from toys import make_weights, save_interval_toy, save_toy, shake
 
 from fluogen.core import make_rng
 from fluogen.io.image import Image, read_image, write_image
-from fluogen.diffusion.quantiles import HeadsConfig, QuantileHeads
-from fluogen.diffusion.zoo import Weights, load_weights
+from fluogen.models.quantile_heads import HeadsConfig, QuantileHeads
+from fluogen.models.zoo import Weights, load_weights
 from fluogen.tasks import certified, heads, intervals
 from fluogen.tasks.certified import Certified, calibrate_source, certify, choose_family, read_fields
 from fluogen.tasks.folders import restore_file

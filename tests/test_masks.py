@@ -15,7 +15,7 @@ from fluogen.core import FluogenError
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.preprocessing.labels import LABEL_NORMS, LabelError, check_labels, find_rims, show_labels
 from fluogen.simulation.pairs import simulate_targets
-from fluogen.diffusion.zoo import load_weights, save_weights
+from fluogen.models.zoo import load_weights, save_weights
 from fluogen.tasks import masks
 from fluogen.datasets.pairs import Pairs
 from fluogen.tasks.finetune import judge_fit

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluogen.diffusion.foreign import OriginalError, original_name, read_tensors, translate_config
-from fluogen.diffusion.original import IntervalHeads, import_original
+from fluogen.models.convert import OriginalError, original_name, read_tensors, translate_config
+from fluogen.models.convert import IntervalHeads, import_original
 from fluogen.diffusion.samplers import sample_ddim
 from fluogen.diffusion.schedule import Schedule, trailing_grid
 

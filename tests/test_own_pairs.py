@@ -20,7 +20,7 @@ from fluogen.core import FluogenError
 from fluogen.io.image import read_image, write_image
 from fluogen.simulation.pairs import simulate_pairs
 from fluogen.datasets.registry import load_dataset
-from fluogen.diffusion.zoo import load_weights
+from fluogen.models.zoo import load_weights
 from fluogen.tasks import finetune, own_pairs
 from fluogen.tasks.bench30 import TUNE_CONFIG
 from fluogen.datasets.pairs import Pairs
@@ -322,6 +322,6 @@ def test_profiles():
 
 def test_the_default_way_of_tuning_is_the_best_that_was_measured():
     from fluogen.tasks import fig5b
-    from fluogen.tasks.records import find_record
+    from fluogen.models.zoo import find_record
     best = fig5b.best_tuning(find_record("bench-pairs"))
     assert {"fluogen": "all"}.get(best, best) == inspect.signature(adapt).parameters["free"].default

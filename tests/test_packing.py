@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluogen.diffusion.packing import SMALL, PackingError, pack_state, unpack_state
+from fluogen.models.packing import SMALL_TENSOR, PackingError, pack_state, unpack_state
 
 
 def random_state(seed=0, size=1.0):
@@ -37,7 +37,7 @@ def test_eight_bits_are_off_by_half_a_step_of_their_row():
         step = value.abs().amax(1, keepdim=True) / 127
         assert ((back[name].flatten(1) - value).abs() <= 0.5 * step + 127 * step * 2**-11 + 1e-7).all()
     for name in ("bias", "norm", "tiny", "one"):                        # too small to be worth it
-        assert state[name].numel() < SMALL and torch.equal(back[name], state[name].half().float())
+        assert state[name].numel() < SMALL_TENSOR and torch.equal(back[name], state[name].half().float())
 
 
 def test_rows_of_zeros_and_of_dust():

@@ -10,8 +10,8 @@ from fluogen.io.image import Image, write_image
 from fluogen.simulation.pairs import simulate_targets
 from fluogen.datasets.record import Record
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
-from fluogen.diffusion.shape import BackboneConfig
-from fluogen.diffusion.zoo import load_weights
+from fluogen.models.unet import BackboneConfig
+from fluogen.models.zoo import load_weights
 from fluogen.tasks.open_images import OpenImagesError, draw_crop, known_prompt, licences, may_learn, open_images
 from fluogen.tasks import prior
 from fluogen.tasks.prior import DEALS, Deal, RecipeError, dealt, draw_times, prior_batch, scenes_seen, train_prior

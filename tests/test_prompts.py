@@ -8,8 +8,7 @@ import pytest
 import torch
 from toys import PROMPTS
 
-from fluogen.diffusion.prompts import (ClipEncoder, PromptError, WordEncoder, drop_prompts, pick_caption,
-                                       split_words)
+from fluogen.models.text_encoder import ClipEncoder, PromptError, WordEncoder, drop_prompts, pick_caption, split_words
 from fluogen.simulation.stream import PAPER_PROMPTS
 
 

@@ -7,13 +7,13 @@ from toys import TINY, make_weights, save_toy, shake
 
 from fluogen.core import make_generator
 from fluogen.diffusion.direct import DirectConfig, restore_direct
-from fluogen.diffusion.quantiles import (OUTPUTS, HeadsConfig, IntervalChain, QuantileError, QuantileHeads, direct_heads_loss, pinball,
-                                         quantile_pictures, restore_direct_interval, run_three_chains,
-                                         velocity_heads_loss, with_heads)
+from fluogen.models.quantile_heads import (
+    OUTPUTS, HeadsConfig, IntervalChain, QuantileError, QuantileHeads, direct_heads_loss, pinball, quantile_pictures,
+    restore_direct_interval, run_three_chains, velocity_heads_loss, with_heads)
 from fluogen.diffusion.samplers import sample_ddim, sample_dpmpp_2m
 from fluogen.diffusion.schedule import Schedule, trailing_grid
-from fluogen.diffusion.shape import NetworkConfigError
-from fluogen.diffusion.zoo import ZooError, load_weights, save_weights
+from fluogen.models.unet import NetworkConfigError
+from fluogen.models.zoo import ZooError, load_weights, save_weights
 
 CARD = dict.fromkeys(("summary", "data", "licence", "recipe", "training", "scores", "limits"), "a test")
 

@@ -3,16 +3,15 @@ import json
 
 import pytest
 
-from fluogen.tasks import records
 from fluogen.io.files import write_json, write_json_once
-from fluogen.tasks.records import (
-    RecordError, describe_bench, find_record, is_comparable, join_record, read_record, score_row)
+from fluogen.models.zoo import find_record
+from fluogen.tasks.records import RecordError, describe_bench, is_comparable, join_record, read_record, score_row
 
 
 @pytest.fixture
 def shelves(monkeypatch, tmp_path):
     places = [tmp_path / "package", tmp_path / "cache"]
-    monkeypatch.setattr(records, "weight_folders", lambda: places)
+    monkeypatch.setattr("fluogen.models.zoo.weight_folders", lambda: places)
     return places
 
 

@@ -15,7 +15,7 @@ from toys import NoNoise, make_weights, save_toy
 from fluogen.core import FluogenError
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.diffusion.direct import upsample
-from fluogen.diffusion.zoo import ZooError, load_weights
+from fluogen.models.zoo import ZooError, load_weights
 from fluogen.tasks import folders, restore, tiling
 from fluogen.tasks.folders import convert, list_images, restore_file, restore_files
 from fluogen.tasks.tiling import MemoryLimitError
@@ -286,7 +286,7 @@ def test_weights_for_something_else(control, direct):
 
 
 def test_weights_that_are_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr("fluogen.diffusion.zoo.weight_folders", lambda: [tmp_path])
+    monkeypatch.setattr("fluogen.models.zoo.weight_folders", lambda: [tmp_path])
     with pytest.raises(ZooError,
                        match="nano-sr: the weights of this task are not installed. Make them with: fluogen"):
         load_for_task("sr", samples=4)

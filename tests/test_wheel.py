@@ -41,7 +41,7 @@ def test_it_imports_from_an_empty_folder(site, tmp_path):
 def test_weights_load_by_name(site, tmp_path):
     names = sorted(path.parent.name for path in under("fluogen/weights", "config.json"))
     assert names, "no weights are shipped"
-    code = ("import sys; from fluogen.diffusion.zoo import find_weights, load_weights\n"
+    code = ("import sys; from fluogen.models.zoo import find_weights, load_weights\n"
             "for name in sys.argv[1:]: load_weights(name); print(find_weights(name))")
     found = run(tmp_path, "-c", code, *names, PYTHONPATH=str(site), FLUOGEN_CACHE=str(tmp_path)).split()
     assert len(found) == len(names) and all(path.startswith(str(site)) for path in found)

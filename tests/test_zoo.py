@@ -12,9 +12,10 @@ from toys import CARD, make_weights, save_toy
 
 from fluogen.core import FluogenError
 from fluogen.io import files
-from fluogen.diffusion import zoo
-from fluogen.diffusion.packing import PackingError
-from fluogen.diffusion.zoo import CardError, ZooError, describe, find_weights, list_weights, load_weights, save_weights
+from fluogen.models import zoo
+from fluogen.models.packing import PackingError
+from fluogen.models.cards import CardError
+from fluogen.models.zoo import ZooError, describe, find_weights, list_weights, load_weights, save_weights
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@ from dataclasses import asdict
 
 import torch
 
-from fluogen.diffusion.backbone import Backbone
-from fluogen.diffusion.control import ControlBranch
+from fluogen.models.unet import Backbone
+from fluogen.models.controlnet import ControlBranch
 from fluogen.diffusion.direct import DirectConfig
-from fluogen.diffusion.prompts import WordEncoder
+from fluogen.models.text_encoder import WordEncoder
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
-from fluogen.diffusion.shape import BackboneConfig
-from fluogen.diffusion.zoo import CARD_KEYS, Weights, save_weights
+from fluogen.models.unet import BackboneConfig
+from fluogen.models.cards import CARD_KEYS
+from fluogen.models.zoo import Weights, save_weights
 
 PROMPTS = ("F-actin of COS-7", "ER of COS-7", "Microtubules of HeLa")
 TINY = BackboneConfig.tiny(attention_levels=(), stem="unshuffle2")  # sizes: multiples of 2 camera pixels
@@ -60,7 +61,7 @@ def save_toy(folder, kind="direct", seed=0, **options):
 
 def save_interval_toy(folder, seed=0):
     "A toy that hands a dimmed bicubic image through, and heads beside it whose intervals are poor but can be certified."
-    from fluogen.diffusion.quantiles import HeadsConfig, QuantileHeads
+    from fluogen.models.quantile_heads import HeadsConfig, QuantileHeads
     weights = make_weights(seed=seed)
     torch.nn.init.zeros_(weights.backbone.head.weight)
     torch.nn.init.zeros_(weights.backbone.head.bias)

@@ -55,7 +55,7 @@ def try_device(name: str = "auto") -> Fact:
 def try_weights() -> Iterator[Fact]:
     "Whether the weights that restoring needs are here and whole; on one thread: several wait for each other on a busy machine."
     import torch
-    from fluogen.diffusion.zoo import list_weights, load_weights
+    from fluogen.models.zoo import list_weights, load_weights
     from fluogen.tasks.settings import TASK_WEIGHTS
     found, needed = list_weights(), ("fluogen-nano", "nano-generate", *filter(None, TASK_WEIGHTS.values()))
     for name in needed:

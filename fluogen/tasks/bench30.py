@@ -18,13 +18,13 @@ import torch
 
 from ..core import FluogenError, derive_seed
 from ..io.files import atomic_write
-from ..diffusion.backbone import Backbone
+from ..models.unet import Backbone
 from ..diffusion.checkpoint import load_tensors
 from ..diffusion.optimise import copy_into
-from ..diffusion.zoo import load_weights
+from ..models.zoo import load_weights
 from .baselines import BASELINES, build_baseline
 from .fewer import count_free
-from .prior import name_hardware
+from ..models.cards import name_hardware
 from ..datasets.pairs import Pairs
 from .finetune import ControlFitter, DirectFitter, FitConfig, NetworkFitter, blend_weights, draw_batch, fit
 from ..io.files import write_json, write_json_once

@@ -17,13 +17,14 @@ import torch
 
 from ..core import derive_seed
 from ..preprocessing.anscombe import STABLE, noisy_light
-from ..diffusion.backbone import Backbone
-from ..diffusion.zoo import load_weights
+from ..models.unet import Backbone
+from ..models.zoo import load_weights
 from ..metrics.bootstrap import paired_interval
 from ..metrics.restoration import score_restoration
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs
 from .denoise import DENOISE
-from .denoisers import DenoiserError, build_denoiser, denoise_nlm, fit_denoiser, tune_nlm
+from ..models.classical import DenoiserError, denoise_nlm, tune_nlm
+from .denoisers import build_denoiser, fit_denoiser
 from ..datasets.pairs import Pairs
 from .finetune import DirectFitter, NetworkFitter
 from .noisy_thirty import (NoisyFields, list_folds, real_fields, real_pairs, simulate_noisy_thirty,

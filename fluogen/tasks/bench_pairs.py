@@ -22,7 +22,7 @@ from ..simulation.camera import TEST_EXPOSURES, expose
 from ..simulation.microscopes import HELD_OUT, OpticsRange
 from ..simulation.pairs import simulate_clean
 from ..metrics.bootstrap import mean_interval
-from ..diffusion.zoo import load_weights, state_fact
+from ..models.zoo import load_weights, state_fact
 from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs
 from .bench_denoise import DENOISE_BENCH, restore_fields, score_fields
 from .denoise import ROWS

@@ -16,17 +16,18 @@ import torch
 
 from ..core import FluogenError, derive_seed, make_rng
 from ..simulation.pairs import simulate_targets
-from ..diffusion.backbone import Backbone
-from ..diffusion.prompts import WordEncoder
+from ..models.unet import Backbone
+from ..models.text_encoder import WordEncoder
 from ..diffusion.schedule import Schedule, ScheduleConfig
 from ..diffusion.session import load_weights as load_trained
-from ..diffusion.shape import BackboneConfig
+from ..models.unet import BackboneConfig
 from ..diffusion.optimise import TrainConfig
 from ..diffusion.train import train
-from ..diffusion.zoo import load_weights, save_weights
+from ..models.zoo import load_weights, save_weights
 from ..metrics.generation import measure_brightness, wasserstein_distance
 from .generate import GenerateSettings, generate
-from .prior import prior_loss, training_facts
+from ..models.cards import training_facts
+from .prior import prior_loss
 from ..io.files import write_json
 from ..simulation.stream import PAPER_PROMPTS, Rounds, draw_rows
 from .scenes import turn

@@ -19,7 +19,7 @@ from ..preprocessing.normalize import check_numbers
 from ..io.image import Image, read_image
 from ..datasets.registry import load_dataset
 from ..preprocessing.anscombe import STABLE
-from ..diffusion.zoo import Weights
+from ..models.zoo import Weights
 from .intervals import (FAMILIES_OF, HEADED, Field, as_shown, calibrate_fields, find_heads, load_heads,
                                      restore_sets, system_facts)
 from ..datasets.pairs import judge_noisy_pair, match_scale

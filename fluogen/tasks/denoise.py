@@ -18,14 +18,15 @@ from ..simulation.camera import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
 from ..simulation.pairs import simulate_clean
 from ..simulation.structures import STRUCTURES
 from ..preprocessing.anscombe import STABLE, noisy_light
-from ..diffusion.control import ControlConfig
+from ..models.controlnet import ControlConfig
 from ..diffusion.direct import DirectConfig
-from ..diffusion.zoo import load_weights
-from .denoisers import denoise_nlm
+from ..models.zoo import load_weights
+from ..models.classical import denoise_nlm
 from ..datasets.pairs import Pairs
 from .finetune import ControlFitter, DirectFitter, draw_batch
-from .prior import training_facts
-from .recipes import adapt_prior, keep_weights, licence_after, module_configs, summary_after
+from ..models.cards import training_facts
+from ..models.cards import licence_after, module_configs, summary_after
+from .recipes import adapt_prior, keep_weights
 from ..simulation.stream import Rounds
 
 # %% ../../nbs/lib/tasks/42_denoise.ipynb #b75120db

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..core import derive_seed, make_rng
 from ..simulation.pairs import simulate_targets
-from ..diffusion.zoo import load_weights
+from ..models.zoo import load_weights
 from .brightness import PROCESSES, SAMPLING, WORDS, crop_and_expose
 from .generate import GenerateSettings, generate
 

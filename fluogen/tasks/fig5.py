@@ -16,14 +16,15 @@ import numpy as np
 from ..preprocessing.noise import NoiseError, estimate_noise
 from ..simulation.camera import TEST_EXPOSURES
 from ..simulation.optics import UPSAMPLING
-from ..diffusion.zoo import ZooError, load_weights
+from ..models.zoo import ZooError, load_weights
 from ..metrics.bootstrap import paired_interval
 from .bench30 import load_method, run_method, tell_ends
 from .bench_denoise import DENOISE_BENCH, LEARNED, METHODS, best_baseline, classical, compare, open_denoiser, restore_fields
 from .denoise import DENOISE, ROWS, held_out_fields
 from .finetune import DirectFitter
 from .noisy_thirty import NoisyFields, judge_by_truth, real_fields
-from .records import RecordError, find_record
+from ..models.zoo import find_record
+from .records import RecordError
 from ..uncertainty.support import Detection, measure_detection
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #9cd1c5a5

@@ -9,7 +9,7 @@ __all__ = ['CONVENTIONS', 'NAMES', 'usable_methods', 'curves', 'summarise', 'for
 # %% ../../nbs/lib/tasks/76_fig5b.ipynb #15e6cc2b
 import numpy as np
 
-from ..diffusion.zoo import list_weights
+from ..models.zoo import list_weights
 from .bench30 import TUNE_CONFIG, tell_ends
 from ..metrics.bootstrap import mean_interval
 from .bench_pairs import AT, FEW, METHODS, TUNINGS, curve_of, find_crossing, laboratories_of

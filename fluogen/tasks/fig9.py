@@ -20,7 +20,7 @@ from ..datasets.pairs import PairBatch
 from ..simulation.pairs import MARGIN_PX, degrade_images, simulate_pairs
 from ..simulation.structures import STRUCTURES
 from ..datasets.registry import load_dataset
-from ..diffusion.quantiles import run_three_chains, with_heads
+from ..models.quantile_heads import run_three_chains, with_heads
 from ..diffusion.samplers import NoiseField
 from ..diffusion.schedule import GRIDS
 from .intervals import SIDE, Field, measured_unit, restore_sets

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..core import hash_array, make_rng, to_model, to_unit
 from ..preprocessing.anscombe import hold_light
 from ..datasets.pairs import FinetuneError, Pairs
-from ..diffusion.control import ControlBranch, ControlConfig
+from ..models.controlnet import ControlBranch, ControlConfig
 from ..diffusion.direct import DirectConfig, direct_loss, restore_direct
 from ..diffusion.optimise import TrainConfig
 from ..diffusion.samplers import NoiseField, sample_ddim

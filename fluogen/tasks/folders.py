@@ -21,7 +21,7 @@ from ..core import FluogenError
 from ..io.files import ImageReadError, ImageWriteError, check_writable, sweep_temporaries
 from ..io.image import Image, read_image, write_image
 from ..preprocessing.labels import LABEL_NORMS
-from ..diffusion.zoo import Weights
+from ..models.zoo import Weights
 from .tiling import free_bytes
 from .restore import describe_run, list_planes, restore_image
 from .settings import RestoreError, RestoreSettings, check_weights, fill_camera

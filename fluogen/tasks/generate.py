@@ -20,10 +20,10 @@ from .. import __version__
 from ..core import FluogenError, make_rng, to_unit
 from ..io.image import Image, read_image, write_image
 from ..simulation.structures import STRUCTURES
-from ..diffusion.prompts import pick_caption, split_words
+from ..models.text_encoder import pick_caption, split_words
 from ..diffusion.samplers import SAMPLERS, NoiseField, guide
 from ..diffusion.schedule import GRIDS
-from ..diffusion.zoo import Weights, load_weights
+from ..models.zoo import Weights, load_weights
 
 # %% ../../nbs/lib/tasks/14_generate.ipynb #82c85163
 SIZES_PX = (32, 512)            # smallest and largest side that makes sense for a prior trained on 64 and 128

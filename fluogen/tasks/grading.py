@@ -19,13 +19,13 @@ from ..core import FluogenError, derive_seed, make_rng
 from ..io.files import atomic_write
 from ..simulation.pairs import simulate_targets
 from ..simulation.structures import structure_of
-from ..diffusion.zoo import load_weights
+from ..models.zoo import load_weights
 from ..metrics.memorization import check_copies, find_nearest, shrink_pictures, turn_pictures
 from ..metrics.generation import (compare_kernel_distances, diversity, frechet_distance, kernel_distance,
                                         precision_recall, prompt_fidelity)
 from ..metrics.generation import (
     as_stack, average_over_labels, histogram_distance, measure_brightness, spectrum_distance, wasserstein_distance)
-from .encoder import Encoder, default_encoder, embed
+from ..models.image_encoder import ImageEncoder, default_encoder, embed
 from .generate import GenerateSettings, check_size, generate
 from ..io.files import write_json
 from .prior import scenes_seen
@@ -99,7 +99,7 @@ def training_scenes(weights, most: int | None = None) -> np.ndarray:
     return np.concatenate([shrink_pictures(part.target) for part in parts])
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #fa8a1f23
-def grade_set(images, prompts: list, real, real_prompts: list, encoder: Encoder) -> dict:
+def grade_set(images, prompts: list, real, real_prompts: list, encoder: ImageEncoder) -> dict:
     "Everything that is said about a set of pictures beside held-out scenes."
     (features, named), (truth, _) = embed(encoder, images), embed(encoder, real)
     fidelity = prompt_fidelity([structure_of(p) for p in prompts], named)
@@ -150,7 +150,7 @@ def grade_prior(
     work: str | Path,               # blocks of pictures, by the weights' id
     model: str = "nano-generate",
     per_prompt: int = 64,           # pictures of each prompt, a multiple of 4
-    encoder: Encoder | None = None,     # default: encoder-nano
+    encoder: ImageEncoder | None = None,     # default: encoder-nano
     rounds: int | None = None,      # of training scenes that copies are looked for in; default: all
     say=print,
     **options,                      # size_px, precision of `draw_block`
@@ -193,7 +193,7 @@ def grade_prior(
     return folder
 
 
-def encoder_accuracy(encoder: Encoder) -> float | None:
+def encoder_accuracy(encoder: ImageEncoder) -> float | None:
     "What its card says of scenes of no training; None for an encoder that was never shipped."
     if not hasattr(encoder, "id"):
         return None

@@ -18,17 +18,18 @@ from ..simulation.pairs import simulate_clean, simulate_pairs
 from ..simulation.structures import STRUCTURES
 from ..preprocessing.anscombe import STABLE
 from ..diffusion.direct import restore_direct
-from ..diffusion.quantiles import HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss
+from ..models.quantile_heads import (
+    HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss)
 from ..diffusion.session import load_weights as load_trained
 from ..diffusion.optimise import TrainConfig
 from ..diffusion.train import train
-from ..diffusion.zoo import Weights, load_weights, save_weights
+from ..models.zoo import Weights, load_weights, save_weights
 from ..simulation.camera import PHOTONS
 from .exposed import exposed_batch, exposed_fields, miss_by_exposure
 from .finetune import drop_some
 from .intervals import FAMILIES_OF, calibrate_fields, simulated_fields
-from .prior import training_facts
-from .recipes import licence_after
+from ..models.cards import training_facts
+from ..models.cards import licence_after
 from ..simulation.stream import Rounds, draw_rows
 from .scenes import turn
 from .settings import RestoreSettings

@@ -19,9 +19,9 @@ import torch
 
 from ..core import hash_array, to_unit
 from ..preprocessing.anscombe import STABLE
-from ..diffusion.quantiles import IntervalChain, restore_direct_interval, with_heads
+from ..models.quantile_heads import IntervalChain, restore_direct_interval, with_heads
 from ..diffusion.schedule import GRIDS
-from ..diffusion.zoo import Weights, ZooError, find_weights, list_weights, load_weights
+from ..models.zoo import Weights, ZooError, find_weights, list_weights, load_weights
 from .tiling import TileSide
 from .restore import PlanePasses, light_range, show_plane, walk_chains
 from .settings import RestoreSettings, check_weights, fill_camera

@@ -14,13 +14,13 @@ import torch
 from ..core import FluogenError, make_generator, to_model, to_unit
 from ..simulation.pairs import simulate_pairs, simulate_targets
 from ..preprocessing.anscombe import noisy_light
-from ..diffusion.backbone import embed_time
-from ..diffusion.control import ControlBranch
+from ..models.unet import embed_time
+from ..models.controlnet import ControlBranch
 from ..diffusion.direct import upsample
 from ..diffusion.samplers import NoiseField, sample_dpmpp_2m
 from ..diffusion.schedule import logsnr_grid
-from ..diffusion.shape import BackboneConfig
-from ..diffusion.zoo import Weights
+from ..models.unet import BackboneConfig
+from ..models.zoo import Weights
 from .denoise import held_out_fields, psnr_light
 from .finetune import DirectFitter
 from .generate import check_size

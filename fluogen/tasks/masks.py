@@ -17,12 +17,12 @@ from ..core import choose_device, make_generator, to_model
 from ..preprocessing.labels import LABEL_NORMS
 from ..datasets.pairs import MASK_NORM, OwnPairsError, Pairs, gather_tiles, read_mask_pair
 from ..metrics.segmentation import measure_following
-from ..diffusion.control import ControlConfig
-from ..diffusion.zoo import load_weights, save_weights
+from ..models.controlnet import ControlConfig
+from ..models.zoo import load_weights, save_weights
 from .bench30 import BENCH_CONFIG
 from .finetune import ControlFitter, FitConfig
 from .own_pairs import fit_again, place_weights, set_aside
-from .recipes import module_configs
+from ..models.cards import module_configs
 
 # %% ../../nbs/lib/tasks/51_masks.ipynb #5abd26af
 class MaskFitter(ControlFitter):

@@ -21,12 +21,12 @@ from ..datasets.pairs import OwnPairsError, Pairs, find_camera, read_pairs
 from ..datasets.registry import load_dataset
 from ..diffusion.checkpoint import CheckpointError, hash_tensors
 from ..diffusion.direct import upsample
-from ..diffusion.zoo import Weights, save_weights, weight_folders
+from ..models.zoo import Weights, save_weights, weight_folders
 from .bench30 import TUNE_CONFIG, pace
 from .bench_pairs import expect_gain
 from .fewer import merge, restrict
 from .finetune import ControlFitter, DirectFitter, FitConfig, fit, validation_psnr
-from .recipes import module_configs
+from ..models.cards import module_configs
 from .settings import load_for_task
 
 # %% ../../nbs/lib/tasks/47_own_pairs.ipynb #928242fc

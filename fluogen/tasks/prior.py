@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL_SHARE', 'DEALS', 'RecipeError', 'Deal', 'prior_batch', 'draw_times', 'prior_loss', 'validate_prior',
-           'train_prior', 'dealt', 'scenes_seen', 'name_hardware', 'training_facts']
+           'train_prior', 'dealt', 'scenes_seen']
 
 # %% ../../nbs/lib/tasks/35_prior.ipynb #57edd551
 from dataclasses import asdict, dataclass
@@ -15,17 +15,17 @@ from torch.nn import functional as F
 
 from ..core import FluogenError, choose_device, make_rng, to_model
 from ..simulation.pairs import simulate_targets
+from ..simulation.stream import OTHER_STRUCTURES, PAPER_PROMPTS, SR_STRUCTURES, Rounds, draw_rows
 from ..simulation.structures import STRUCTURES
-from ..diffusion.backbone import Backbone
-from ..diffusion.prompts import WordEncoder, drop_prompts
+from ..diffusion.optimise import TrainConfig
 from ..diffusion.schedule import Schedule, ScheduleConfig
 from ..diffusion.session import load_weights as load_trained
-from ..diffusion.shape import BackboneConfig
-from ..diffusion.optimise import TrainConfig
 from ..diffusion.train import train
-from ..diffusion.zoo import list_weights, load_weights, save_weights
+from ..models.cards import training_facts
+from ..models.text_encoder import WordEncoder, drop_prompts
+from ..models.unet import Backbone, BackboneConfig
+from ..models.zoo import list_weights, load_weights, save_weights
 from .open_images import draw_crop, licences, open_images
-from ..simulation.stream import OTHER_STRUCTURES, PAPER_PROMPTS, SR_STRUCTURES, Rounds, draw_rows
 from .scenes import turn
 
 # %% ../../nbs/lib/tasks/35_prior.ipynb #6e76833e
@@ -167,15 +167,3 @@ def scenes_seen(weights) -> list[dict]:
     known = before is not None and before.id == words[-1] and before.id != weights.id
     seed = int(words[words.index("--seed") + 1]) if "--seed" in words else 0
     return (scenes_seen(before) if known else []) + [dealt(Deal(), seed, training["steps"])]
-
-
-def name_hardware(device) -> str:
-    "What a training ran on, for its card."
-    threads = torch.get_num_threads()
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
-
-
-def training_facts(result, batch: int, device) -> dict:
-    "What a card says of a training."
-    return {"steps": result.step, "crops a step": batch, "minutes in steps": round(result.seconds / 60, 1),
-            "hardware": name_hardware(device), "torch": torch.__version__.split("+")[0], "stopped by": result.stopped}

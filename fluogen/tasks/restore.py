@@ -26,7 +26,7 @@ from ..preprocessing.anscombe import STABLE, hold_light, show_noisy
 from ..diffusion.direct import restore_direct
 from ..diffusion.samplers import SAMPLERS, NoiseField
 from ..diffusion.schedule import GRIDS
-from ..diffusion.zoo import Weights, load_weights
+from ..models.zoo import Weights, load_weights
 from .settings import RestoreError, RestoreSettings, check_weights, fill_camera, load_for_task
 from .tiling import TileSide, check_memory, pad_reflect, picture_bytes, run_tiled, tile_bytes
 

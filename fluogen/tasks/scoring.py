@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from ..datasets.pairs import PairBatch
-from ..diffusion.packing import pack_state, unpack_state
-from ..diffusion.zoo import load_weights
+from ..models.packing import pack_state, unpack_state
+from ..models.zoo import load_weights
 from ..metrics.bootstrap import paired_interval
 from ..metrics.resolution import fourier_ring_correlation, fourier_ring_resolution
 from ..metrics.restoration import fit_linear, score_restoration
 from ..metrics.hallucination import structure_errors
 from ..simulation.optics import make_psf
-from .baselines import Bicubic, build_baseline, deconvolve, tune_deconvolution
+from ..models.classical import Bicubic, deconvolve, tune_deconvolution
+from .baselines import build_baseline
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, SR_BENCH, fit_all, load_method, run_jobs
 from .finetune import ControlFitter, DirectFitter, NetworkFitter
 from ..datasets.pairs import as_pairs

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from ..core import FluogenError
 from ..preprocessing.labels import LABEL_NORMS
 from ..preprocessing.anscombe import STABLE
-from ..diffusion.prompts import split_words
+from ..models.text_encoder import split_words
 from ..diffusion.samplers import SAMPLERS
-from ..diffusion.zoo import Weights, ZooError, load_weights
+from ..models.zoo import Weights, ZooError, load_weights
 
 # %% ../../nbs/lib/tasks/08_settings.ipynb #704cba1c
 class RestoreError(FluogenError):
