@@ -12,10 +12,11 @@ from fluogen.preprocessing.labels import LABEL_NORMS, show_labels
 from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights
 from fluogen.datasets.pairs import Pairs
-from fluogen.tasks.finetune import fit
+from fluogen.training.fit import fit
 from fluogen.datasets.pairs import read_mask_pair
 from fluogen.metrics.segmentation import measure_following
-from fluogen.tasks.masks import MASK_CONFIG, MaskFitter
+from fluogen.training.fit import MASK_CONFIG
+from fluogen.training.learners import MaskFitter
 from fluogen.datasets.pairs import gather_tiles
 from fluogen.tasks.own_pairs import split_pairs
 

@@ -18,7 +18,7 @@ from . import __version__
 from .core import FluogenError, choose_device, resolve
 from .options import STUDIES, make_parser
 from .say import Progress, say
-from .training import run_train
+from .recipes.catalog import run_train
 
 # %% ../nbs/lib/90_cli.ipynb #0de6f563
 def run_restore(args) -> int:
@@ -153,7 +153,8 @@ def run_finetune(args) -> int:
     common = dict(base=args.model or "", minutes=args.minutes, work=args.work, out=args.out, seed=args.seed, device=args.device, say=say,
                   free=args.free, callback=TextCurve(say))
     if masks := args.task == "mask2image":
-        from fluogen.tasks.masks import MASK_CONFIG, adapt_masks
+        from fluogen.training.fit import MASK_CONFIG
+        from fluogen.tasks.masks import adapt_masks
         config = set_profile(replace(MASK_CONFIG, seed=args.seed, minutes=args.minutes), args.profile, args.device)
         made = adapt_masks(args.manifest, args.name, config=config, **common)
     else:
@@ -209,7 +210,7 @@ def run_doctor(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #52a2f578
 RUN = {"restore": run_restore, "support": run_support, "calibrate": run_calibrate, "generate": run_generate,
        "weights": run_weights, "finetune": run_finetune, 
-       "train": lambda args: (resolve("fluogen.training:run_study") if args.recipe in STUDIES else run_train)(args, say),
+       "train": lambda args: (resolve("fluogen.experiments.run:run_study") if args.recipe in STUDIES else run_train)(args, say),
        "check": run_check,
        "doctor": run_doctor}
 

@@ -11,7 +11,7 @@ from fluogen.io.image import write_image
 from fluogen.simulation.camera import expose
 from fluogen.simulation.pairs import simulate_clean
 from fluogen.tasks import bench_denoise, bench_pairs, noisy_thirty
-from fluogen.tasks.bench30 import BENCH_CONFIG, TUNE_CONFIG
+from fluogen.training.fit import BENCH_CONFIG, TUNE_CONFIG
 from fluogen.tasks.bench_denoise import compare, score_fields, table_of
 from fluogen.tasks.records import score_row
 from fluogen.tasks.denoise import psnr_light

@@ -6,8 +6,9 @@ import resource
 import pytest
 import torch
 
-from fluogen.diffusion.checkpoint import (CheckpointError, hash_tensors, list_checkpoints, load_checkpoint,
-                                          load_tensors, save_checkpoint, save_tensors, sweep_checkpoints)
+from fluogen.training.checkpoint import (
+    CheckpointError, hash_tensors, list_checkpoints, load_checkpoint, load_tensors, save_checkpoint, save_tensors,
+    sweep_checkpoints)
 
 
 def make_tensors(step, size=50):

@@ -20,10 +20,11 @@ from fluogen.models.text_encoder import WordEncoder
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.models.cards import CARD_KEYS
 from fluogen.models.zoo import load_weights, save_weights
-from fluogen.tasks import denoise, finetune
-from fluogen.tasks.bench30 import TUNE_CONFIG
+from fluogen.training import fit as finetune
+from fluogen.tasks import denoise
+from fluogen.training.fit import TUNE_CONFIG
 from fluogen.tasks.denoisers import hide_pixels
-from fluogen.tasks.finetune import ControlFitter
+from fluogen.training.learners import ControlFitter
 from fluogen.datasets.pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.datasets.pairs import read_pairs
 from fluogen.tasks.own_pairs import adapt

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from toys import PROMPTS, make_weights
 
 from fluogen.models.controlnet import ControlConfig
-from fluogen.diffusion.session import load_weights as load_trained
+from fluogen.training.trainer import load_state as load_trained
 from fluogen.datasets.pairs import FinetuneError, Pairs
-from fluogen.tasks.finetune import (
-    ControlFitter, DirectFitter, FitConfig, NetworkFitter, draw_batch, drop_some, fit, validation_psnr)
+from fluogen.training.augment import draw_crops
+from fluogen.training.fit import FitConfig, fit, validation_psnr
+from fluogen.training.learners import ControlFitter, DirectFitter, NetworkFitter, drop_some
 from fluogen.simulation.stream import Rounds, draw_rows
-from fluogen.tasks.scenes import turn
+from fluogen.training.augment import dihedral
 
 QUICK = FitConfig(steps=6, batch=2, crop_px=16, validate_every=2, warmup=1, precision="fp32", lr=1e-3)
 
@@ -67,7 +68,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
     before = [pairs.target.clone(), torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()]
     steps = {}
     for step in (5, 0, 11, 5, 0):                                               # in any order
-        batch = draw_batch(pairs, step, seed=3, size=4, crop_px=16)
+        batch = draw_crops(pairs, step, seed=3, size=4, crop_px=16)
         steps.setdefault(step, []).append(batch)
         torch.manual_seed(step)                                                 # nobody's generator matters
         np.random.seed(step)
@@ -75,7 +76,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
         assert all(torch.equal(one[key], again[key]) for key in ("target", "condition"))
         assert one["prompts"] == again["prompts"]
     assert not torch.equal(steps[5][0]["target"], steps[0][0]["target"])
-    assert not torch.equal(steps[5][0]["target"], draw_batch(pairs, 5, 4, 4, 16)["target"])
+    assert not torch.equal(steps[5][0]["target"], draw_crops(pairs, 5, 4, 4, 16)["target"])
     assert torch.equal(pairs.target, before[0])
     torch.set_rng_state(before[1])
 
@@ -85,7 +86,7 @@ def test_pairs_are_cut_and_turned_together(channels):
     pairs, seen = make_pairs(channels=channels), set()
     places = {float(v): i for i, picture in enumerate(pairs.target) for v in picture.flatten()}
     for step in range(40):
-        batch = draw_batch(pairs, step, seed=0, size=4, crop_px=16)
+        batch = draw_crops(pairs, step, seed=0, size=4, crop_px=16)
         assert batch["target"].shape == (4, 1, 16, 16) and batch["condition"].shape == (4, channels, 8, 8)
         measured = F.avg_pool2d(batch["target"], 2).expand_as(batch["condition"])
         assert torch.allclose(measured, batch["condition"], atol=1e-6)
@@ -99,27 +100,27 @@ def test_all_eight_turns_and_all_places_are_drawn():
     fine = torch.arange(24.0 * 24).reshape(1, 1, 24, 24)
     pairs, turns, corners = Pairs(fine, F.avg_pool2d(fine, 2), [""]), set(), set()
     for step in range(300):
-        crop = draw_batch(pairs, step, 0, 1, 16)["target"][0, 0]
+        crop = draw_crops(pairs, step, 0, 1, 16)["target"][0, 0]
         corner = float(crop.min())
         top, left = int(corner // 24), int(corner % 24)
         plain = fine[0, 0, top:top + 16, left:left + 16]
         corners.add((top, left))
-        turns |= {k for k in range(8) if torch.equal(turn(plain, k), crop)}
+        turns |= {k for k in range(8) if torch.equal(dihedral(plain, k), crop)}
     assert turns == set(range(8)) and corners == {(y, x) for y in range(0, 9, 2) for x in range(0, 9, 2)}
 
 
 def test_turns_are_the_eight_symmetries():
     image = torch.arange(12.0).reshape(1, 3, 4)
-    everything = {tuple(turn(image, k)[0].flatten().tolist()) + tuple(turn(image, k).shape) for k in range(8)}
+    everything = {tuple(dihedral(image, k)[0].flatten().tolist()) + tuple(dihedral(image, k).shape) for k in range(8)}
     square = torch.arange(9.0).reshape(3, 3)
     assert len(everything) == 8
-    assert {tuple(turn(square, k).flatten().tolist()) for k in range(8)} == {
+    assert {tuple(dihedral(square, k).flatten().tolist()) for k in range(8)} == {
         tuple(np.rot90(flip, k).ravel().tolist())
         for k in range(4) for flip in (square.numpy(), square.numpy().T)}
 
 
 def test_crops_are_no_larger_than_the_pictures():
-    batch = draw_batch(make_pairs(n=2, size=12), 0, 0, size=5, crop_px=64)      # more crops than pairs, too
+    batch = draw_crops(make_pairs(n=2, size=12), 0, 0, size=5, crop_px=64)      # more crops than pairs, too
     assert batch["target"].shape == (5, 1, 12, 12)
 
 
@@ -160,7 +161,7 @@ def test_dropped_prompts():
 
 
 def test_adaptations_for_users_learn_the_empty_prompt():
-    batch = draw_batch(make_pairs(), 0, 0, 4, 16)
+    batch = draw_crops(make_pairs(), 0, 0, 4, 16)
     for fitter in (DirectFitter(make_weights(), prompt_dropout=1.0), control_fitter(prompt_dropout=1.0)):
         if isinstance(fitter, ControlFitter):  # a new branch hides nothing, but starts at zero
             fitter.modules["backbone"].requires_grad_(True)

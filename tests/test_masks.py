@@ -18,9 +18,11 @@ from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights, save_weights
 from fluogen.tasks import masks
 from fluogen.datasets.pairs import Pairs
-from fluogen.tasks.finetune import judge_fit
+from fluogen.training.fit import judge_fit
 from fluogen.metrics.segmentation import measure_following, overlap
-from fluogen.tasks.masks import MASK_CONFIG, MaskFitter, adapt_masks, find_mask_alarm
+from fluogen.training.fit import MASK_CONFIG
+from fluogen.training.learners import MaskFitter
+from fluogen.tasks.masks import adapt_masks, find_mask_alarm
 from fluogen.datasets.pairs import OwnPairsError
 from fluogen.tasks.restore import restore_image
 from fluogen.tasks.settings import RestoreError, RestoreSettings

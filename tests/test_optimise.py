@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from fluogen.diffusion.optimise import (Ema, TrainConfig, TrainingError, ema_decay_at, group_parameters,
-                                        join_modules, learning_rate, place, select_state, select_trainable,
-                                        set_training)
+from fluogen.training.optim import (
+    Ema, TrainConfig, TrainingError, ema_decay_at, group_parameters, join_modules, learning_rate, place, select_state,
+    select_trainable, set_training)
 
 
 def make_net():

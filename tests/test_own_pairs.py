@@ -21,10 +21,12 @@ from fluogen.io.image import read_image, write_image
 from fluogen.simulation.pairs import simulate_pairs
 from fluogen.datasets.registry import load_dataset
 from fluogen.models.zoo import load_weights
-from fluogen.tasks import finetune, own_pairs
-from fluogen.tasks.bench30 import TUNE_CONFIG
+from fluogen.training import fit as finetune
+from fluogen.tasks import own_pairs
+from fluogen.training.fit import TUNE_CONFIG
 from fluogen.datasets.pairs import Pairs
-from fluogen.tasks.finetune import DirectFitter, blend_weights, fit
+from fluogen.training.fit import blend_weights, fit
+from fluogen.training.learners import DirectFitter
 from fluogen.datasets.pairs import find_camera
 from fluogen.datasets.pairs import OwnPairsError, cut_pair, read_pairs
 from fluogen.tasks.own_pairs import adapt, find_alarm, set_profile, split_pairs

@@ -12,7 +12,8 @@ from fluogen.datasets.record import Record
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.models.unet import BackboneConfig
 from fluogen.models.zoo import load_weights
-from fluogen.tasks.open_images import OpenImagesError, draw_crop, known_prompt, licences, may_learn, open_images
+from fluogen.training.augment import draw_crop
+from fluogen.tasks.open_images import OpenImagesError, known_prompt, licences, may_learn, open_images
 from fluogen.tasks import prior
 from fluogen.tasks.prior import DEALS, Deal, RecipeError, dealt, draw_times, prior_batch, scenes_seen, train_prior
 from fluogen.simulation.stream import PAPER_PROMPTS, Rounds

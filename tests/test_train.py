@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluogen.diffusion.checkpoint import (CheckpointError, hash_tensors, list_checkpoints, load_checkpoint,
-                                          load_tensors)
-from fluogen.diffusion.optimise import TrainConfig, TrainingError
-from fluogen.diffusion.session import load_weights
-from fluogen.diffusion.train import train
+from fluogen.training.checkpoint import CheckpointError, hash_tensors, list_checkpoints, load_checkpoint, load_tensors
+from fluogen.training.optim import TrainConfig, TrainingError
+from fluogen.training.trainer import load_state
+from fluogen.training.trainer import train
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -243,7 +242,7 @@ def test_early_stopping_keeps_the_best_average(tmp_path):
     net = make_net()
     result = train(net, loss_fn, batches, replace(CONFIG, patience=2), tmp_path, validate=scripted, **QUIET)
     assert (result.stopped, result.step, result.best_step, result.best_value) == ("patience", 16, 8, 2.0)
-    assert load_weights(net, tmp_path) == {"step": 8, "value": 2.0}
+    assert load_state(net, tmp_path) == {"step": 8, "value": 2.0}
     assert hash_tensors(dict(net.state_dict())) == seen[8]
     assert result.best_within(result.validations[1]["seconds"])["value"] == 3.0
     again = train(make_net(), loss_fn, batches, replace(CONFIG, patience=2), tmp_path, validate=scripted, **QUIET)

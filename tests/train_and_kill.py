@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from fluogen.core import make_generator
-from fluogen.diffusion.checkpoint import hash_tensors, load_checkpoint, load_tensors
-from fluogen.diffusion.session import make_accelerator
-from fluogen.diffusion.optimise import TrainConfig
-from fluogen.diffusion.train import train
+from fluogen.training.checkpoint import hash_tensors, load_checkpoint, load_tensors
+from fluogen.training.trainer import make_accelerator
+from fluogen.training.optim import TrainConfig
+from fluogen.training.trainer import train
 
 CONFIG = TrainConfig(steps=24, lr=1e-2, warmup=5, ema_decay=0.9, accumulate=2, checkpoint_every=2, validate_every=4,
                      log_every=5, device="cpu")

@@ -21,12 +21,13 @@ from ..models.unet import Backbone
 from ..models.zoo import load_weights
 from ..metrics.bootstrap import paired_interval
 from ..metrics.restoration import score_restoration
-from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs
+from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
+from .bench30 import Benchmark, Method, fit_all, load_method, run_jobs
 from .denoise import DENOISE
 from ..models.classical import DenoiserError, denoise_nlm, tune_nlm
 from .denoisers import build_denoiser, fit_denoiser
 from ..datasets.pairs import Pairs
-from .finetune import DirectFitter, NetworkFitter
+from ..training.learners import DirectFitter, NetworkFitter
 from .noisy_thirty import (NoisyFields, list_folds, real_fields, real_pairs, simulate_noisy_thirty,
                                         simulated_fields, split_few)
 from ..io.files import write_json_once

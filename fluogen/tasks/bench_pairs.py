@@ -23,10 +23,11 @@ from ..simulation.microscopes import HELD_OUT, OpticsRange
 from ..simulation.pairs import simulate_clean
 from ..metrics.bootstrap import mean_interval
 from ..models.zoo import load_weights, state_fact
-from .bench30 import BENCH_CONFIG, TUNE_CONFIG, Benchmark, Method, fit_all, load_method, run_jobs
+from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
+from .bench30 import Benchmark, Method, fit_all, load_method, run_jobs
 from .bench_denoise import DENOISE_BENCH, restore_fields, score_fields
 from .denoise import ROWS
-from .fewer import restrict
+from ..training.peft import restrict
 from .noisy_thirty import judge_by_truth, split_few
 from .records import join_record
 

@@ -23,7 +23,8 @@ from ..diffusion.direct import DirectConfig
 from ..models.zoo import load_weights
 from ..models.classical import denoise_nlm
 from ..datasets.pairs import Pairs
-from .finetune import ControlFitter, DirectFitter, draw_batch
+from ..training.augment import draw_crops
+from ..training.learners import ControlFitter, DirectFitter
 from ..models.cards import training_facts
 from ..models.cards import licence_after, module_configs, summary_after
 from .recipes import adapt_prior, keep_weights
@@ -40,7 +41,7 @@ def denoise_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
     made = [expose_anyhow(part.take(rng.choice(len(part), k, replace=k > len(part))), rng)
             for part, k in zip(rounds.at(step), (crops - crops // 2, crops // 2))]
     join = lambda name: torch.cat([getattr(part, name) for part in made])
-    return draw_batch(Pairs(join("target"), join("condition"), [p for part in made for p in part.prompts]), step, seed, crops, 64)
+    return draw_crops(Pairs(join("target"), join("condition"), [p for part in made for p in part.prompts]), step, seed, crops, 64)
 
 # %% ../../nbs/lib/tasks/42_denoise.ipynb #7f4d8798
 def psnr_light(restored: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

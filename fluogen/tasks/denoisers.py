@@ -12,7 +12,7 @@ from torch import nn
 from ..models.baselines import CareUNet, Lighting, UNetRCAN
 from ..models.classical import DenoiserError
 from .baselines import loss_l1
-from .finetune import NetworkFitter
+from ..training.learners import NetworkFitter
 
 # %% ../../nbs/lib/tasks/41_denoisers.ipynb #03f6cb04
 NETWORKS = {"care": lambda: CareUNet(1, 1), "unet-rcan": UNetRCAN, "noise2void": lambda: CareUNet(1, 1)}

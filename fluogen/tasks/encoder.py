@@ -17,13 +17,13 @@ from ..core import derive_seed, make_rng
 from ..simulation.pairs import simulate_targets
 from ..simulation.stream import PAPER_PROMPTS, Rounds, draw_rows
 from ..simulation.structures import STRUCTURES, structure_of
-from ..diffusion.optimise import TrainConfig
-from ..diffusion.session import load_weights as load_trained
-from ..diffusion.train import train
+from ..training.optim import TrainConfig
+from ..training.trainer import load_state as load_trained
+from ..training.trainer import train
 from ..models.cards import training_facts
 from ..models.image_encoder import EncoderError, ImageEncoder, embed, load_encoder, measure_statistics
 from ..models.zoo import load_weights, save_weights
-from .scenes import turn
+from ..training.augment import dihedral
 
 # %% ../../nbs/lib/tasks/44_encoder.ipynb #e65132de
 def encoder_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
@@ -34,7 +34,7 @@ def encoder_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
     for picture in target:
         exposure = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
         blur, noise = (float(rng.uniform(0, top)) if rng.random() < 1 / 3 else 0.0 for top in (2.0, 0.1))
-        picture = blur_picture(turn(picture, int(rng.integers(8))) * exposure, blur)
+        picture = blur_picture(dihedral(picture, int(rng.integers(8))) * exposure, blur)
         pictures.append((picture + noise * torch.from_numpy(rng.standard_normal(picture.shape,
                 np.float32))).clamp(0, 1))
         spoilt.append((blur, 20 * noise))

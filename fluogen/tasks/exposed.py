@@ -18,7 +18,7 @@ from ..simulation.pairs import simulate_clean
 from ..simulation.stream import Rounds
 from ..simulation.structures import STRUCTURES
 from .intervals import Field, field_sets
-from .scenes import turn
+from ..training.augment import dihedral
 from .settings import RestoreSettings
 
 # %% ../../nbs/lib/tasks/41_exposed.ipynb #14f03c4a
@@ -48,7 +48,7 @@ def exposed_batch(step: int, seed: int, n: int, rounds: Rounds) -> dict:
         for counts, truth, setup in zip(seen.counts[:, 0].cpu().numpy(), true_counts(clean, seen), seen.setups):
             pair, which = show_estimated(counts, truth, setup.camera), int(rng.integers(8))
             for kept, image in zip((shown, truths), pair):
-                kept.append(turn(torch.from_numpy(image), which))
+                kept.append(dihedral(torch.from_numpy(image), which))
         prompts += clean.prompts
     device = rounds.at(step)[0].target.device
     return {"target": torch.stack(truths).to(device), "condition": torch.stack(shown).to(device), "prompts": prompts}

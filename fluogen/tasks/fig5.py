@@ -21,7 +21,7 @@ from ..metrics.bootstrap import paired_interval
 from .bench30 import load_method, run_method, tell_ends
 from .bench_denoise import DENOISE_BENCH, LEARNED, METHODS, best_baseline, classical, compare, open_denoiser, restore_fields
 from .denoise import DENOISE, ROWS, held_out_fields
-from .finetune import DirectFitter
+from ..training.learners import DirectFitter
 from .noisy_thirty import NoisyFields, judge_by_truth, real_fields
 from ..models.zoo import find_record
 from .records import RecordError

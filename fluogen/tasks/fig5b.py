@@ -10,7 +10,8 @@ __all__ = ['CONVENTIONS', 'NAMES', 'usable_methods', 'curves', 'summarise', 'for
 import numpy as np
 
 from ..models.zoo import list_weights
-from .bench30 import TUNE_CONFIG, tell_ends
+from ..training.fit import TUNE_CONFIG
+from .bench30 import tell_ends
 from ..metrics.bootstrap import mean_interval
 from .bench_pairs import AT, FEW, METHODS, TUNINGS, curve_of, find_crossing, laboratories_of
 

@@ -20,18 +20,18 @@ from ..preprocessing.anscombe import STABLE
 from ..diffusion.direct import restore_direct
 from ..models.quantile_heads import (
     HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss)
-from ..diffusion.session import load_weights as load_trained
-from ..diffusion.optimise import TrainConfig
-from ..diffusion.train import train
+from ..training.trainer import load_state as load_trained
+from ..training.optim import TrainConfig
+from ..training.trainer import train
 from ..models.zoo import Weights, load_weights, save_weights
 from ..simulation.camera import PHOTONS
 from .exposed import exposed_batch, exposed_fields, miss_by_exposure
-from .finetune import drop_some
+from ..training.learners import drop_some
 from .intervals import FAMILIES_OF, calibrate_fields, simulated_fields
 from ..models.cards import training_facts
 from ..models.cards import licence_after
 from ..simulation.stream import Rounds, draw_rows
-from .scenes import turn
+from ..training.augment import dihedral
 from .settings import RestoreSettings
 from ..uncertainty.certificate import save_calibration
 from ..uncertainty.families import CalibrationError
@@ -42,8 +42,8 @@ def heads_batch(step: int, seed: int, n: int, rounds: Rounds) -> dict:
     rng = make_rng(seed, "heads", step)
     target, condition, prompts = draw_rows(rng, rounds.at(step), n)
     which = rng.integers(8, size=n).tolist()
-    return {"target": torch.stack([turn(t, k) for t, k in zip(target, which)]), "prompts": prompts,
-            "condition": torch.stack([turn(c, k) for c, k in zip(condition, which)])}
+    return {"target": torch.stack([dihedral(t, k) for t, k in zip(target, which)]), "prompts": prompts,
+            "condition": torch.stack([dihedral(c, k) for c, k in zip(condition, which)])}
 
 
 class HeadsFitter:

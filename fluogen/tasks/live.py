@@ -22,7 +22,7 @@ from ..diffusion.schedule import logsnr_grid
 from ..models.unet import BackboneConfig
 from ..models.zoo import Weights
 from .denoise import held_out_fields, psnr_light
-from .finetune import DirectFitter
+from ..training.learners import DirectFitter
 from .generate import check_size
 
 # %% ../../nbs/lib/tasks/76_live.ipynb #d37c538e

@@ -19,13 +19,14 @@ from ..io.files import check_writable
 from ..preprocessing.anscombe import STABLE, noisy_light
 from ..datasets.pairs import OwnPairsError, Pairs, find_camera, read_pairs
 from ..datasets.registry import load_dataset
-from ..diffusion.checkpoint import CheckpointError, hash_tensors
+from ..training.checkpoint import CheckpointError, hash_tensors
 from ..diffusion.direct import upsample
 from ..models.zoo import Weights, save_weights, weight_folders
-from .bench30 import TUNE_CONFIG, pace
+from ..training.fit import TUNE_CONFIG, pace
 from .bench_pairs import expect_gain
-from .fewer import merge, restrict
-from .finetune import ControlFitter, DirectFitter, FitConfig, fit, validation_psnr
+from ..training.peft import merge, restrict
+from ..training.fit import FitConfig, fit, validation_psnr
+from ..training.learners import ControlFitter, DirectFitter
 from ..models.cards import module_configs
 from .settings import load_for_task
 
@@ -141,7 +142,7 @@ def adapt(
     config: FitConfig | None = None,
     say=print,                      # called with one line at a time
     task: str = "sr",               # "sr" or "denoise"
-    free: str = "all",              # which weights may move, see `fluogen.tasks.fewer`
+    free: str = "all",              # which weights may move, see `fluogen.training.peft`
     callback=None,                  # called with every entry of the training's log, e.g. `fluogen.report.live.LiveCurve`
     progress: bool = True,          # the line on stderr
     profile: str = "laptop",        # "gpu": more and larger crops a step, more steps; refused without an NVIDIA GPU

@@ -17,16 +17,17 @@ from ..core import FluogenError, choose_device, make_rng, to_model
 from ..simulation.pairs import simulate_targets
 from ..simulation.stream import OTHER_STRUCTURES, PAPER_PROMPTS, SR_STRUCTURES, Rounds, draw_rows
 from ..simulation.structures import STRUCTURES
-from ..diffusion.optimise import TrainConfig
+from ..training.optim import TrainConfig
 from ..diffusion.schedule import Schedule, ScheduleConfig
-from ..diffusion.session import load_weights as load_trained
-from ..diffusion.train import train
+from ..training.trainer import load_state as load_trained
+from ..training.trainer import train
 from ..models.cards import training_facts
 from ..models.text_encoder import WordEncoder, drop_prompts
 from ..models.unet import Backbone, BackboneConfig
 from ..models.zoo import list_weights, load_weights, save_weights
-from .open_images import draw_crop, licences, open_images
-from .scenes import turn
+from ..training.augment import draw_crop
+from .open_images import licences, open_images
+from ..training.augment import dihedral
 
 # %% ../../nbs/lib/tasks/35_prior.ipynb #6e76833e
 class RecipeError(FluogenError):
@@ -56,7 +57,7 @@ def prior_batch(step: int, seed: int, crops: int, rounds: Rounds, images: dict |
     for i, picture in enumerate(target):
         y, x = (int(rng.integers(128 - size + 1)) for _ in range(2))
         exposure = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
-        crop = turn(picture[:, y:y + size, x:x + size], int(rng.integers(8)))
+        crop = dihedral(picture[:, y:y + size, x:x + size], int(rng.integers(8)))
         if images and rng.random() < REAL_SHARE:
             crop, prompts[i] = draw_crop(images, size, rng)
         pictures.append(crop.to(target.device) * exposure)

@@ -17,20 +17,22 @@ from ..simulation.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..simulation.pairs import simulate_pairs
 from ..simulation.stream import SR_STRUCTURES, Rounds, draw_rows
 from ..simulation.structures import STRUCTURES
-from ..diffusion.optimise import TrainConfig
-from ..diffusion.session import load_weights as load_trained
-from ..diffusion.train import train
+from ..training.optim import TrainConfig
+from ..training.trainer import load_state as load_trained
+from ..training.trainer import train
 from ..models.cards import CARD_KEYS, licence_after, module_configs, summary_after, training_facts
 from ..models.unet import Backbone
 from ..models.zoo import load_weights, save_weights
-from .finetune import ControlFitter, DirectFitter, draw_batch, validation_psnr
+from ..training.augment import draw_crops
+from ..training.fit import validation_psnr
+from ..training.learners import ControlFitter, DirectFitter
 from .prior import RecipeError
 
 # %% ../../nbs/lib/tasks/40_recipes.ipynb #b23add5f
 def sr_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
     "Crops of 64² from fresh pairs, half of them of the figure's structures; a function of (seed, step)."
     target, condition, prompts = draw_rows(make_rng(seed, "sr", step), rounds.at(step), crops)
-    return draw_batch(Pairs(target, condition, prompts), step, seed, crops, 64)
+    return draw_crops(Pairs(target, condition, prompts), step, seed, crops, 64)
 
 
 def score_sr(fitter, modules, seed: int = 0, n: int = 16, **options) -> dict:

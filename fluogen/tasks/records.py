@@ -17,7 +17,7 @@ from ..core import FluogenError
 from ..io.files import write_json
 from ..models.cards import licence_after, module_configs
 from ..models.zoo import find_record, load_weights, save_weights
-from .finetune import NetworkFitter
+from ..training.learners import NetworkFitter
 
 # %% ../../nbs/lib/tasks/45_records.ipynb #6cc5ee02
 class RecordError(FluogenError):

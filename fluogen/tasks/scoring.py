@@ -26,7 +26,7 @@ from ..simulation.optics import make_psf
 from ..models.classical import Bicubic, deconvolve, tune_deconvolution
 from .baselines import build_baseline
 from .bench30 import LEARNED, METHODS, OURS, RANDOM_START, SR_BENCH, fit_all, load_method, run_jobs
-from .finetune import ControlFitter, DirectFitter, NetworkFitter
+from ..training.learners import ControlFitter, DirectFitter, NetworkFitter
 from ..datasets.pairs import as_pairs
 from ..io.files import write_json_once
 from .records import RecordError, describe_bench, join_record, score_row, ship_fit
