@@ -108,7 +108,7 @@ def pinball_loss():
 def table_of_factors():
     import numpy as np
     from test_calibration import draw_image, swept_table
-    from fluogen.uncertainty.families import EDGES, find_edges, loss_curve
+    from fluogen.uncertainty.calibration import EDGES, find_edges, loss_curve
     images = [draw_image(k, 256) for k in range(4)]
     for count, least in ((20, 10), (200, 100)):
         columns = find_edges(np.linspace(0.05, 10, count))

@@ -175,7 +175,7 @@ def run_calibrate(args) -> int:
     from fluogen.tasks.certified import calibrate_source, choose_family
     from fluogen.tasks.intervals import HEADED, load_heads
     from fluogen.tasks.settings import RestoreSettings, load_for_task
-    from fluogen.uncertainty.certificate import save_calibration
+    from fluogen.uncertainty.calibration import save_calibration
     check_writable(args.out or "calibration.json", ".json")
     settings = RestoreSettings(prompt=args.prompt, samples=args.samples, passes=args.passes, seed=args.seed, camera=args.camera)
     weights = load_for_task(args.task, args.samples, args.model, choose_device(args.device))

@@ -153,7 +153,7 @@ def made_up_record(real: bool, rival: float = 27.0) -> dict:
 def test_claims_of_figure_5_follow_the_records(monkeypatch):
     from fluogen.report.claims import judge
     from fluogen.tasks import fig5
-    from fluogen.uncertainty.support import Detection
+    from fluogen.uncertainty.consistency import Detection
     there = {("bench-denoise", "scores"): made_up_record(False), ("bench-denoise", "fmd"): made_up_record(True, 30.0),
              ("bench-denoise", "w2s"): made_up_record(True, 29.02)}
     monkeypatch.setattr(fig5, "find_record", lambda bench, name="scores": there.get((bench, name)))

@@ -16,9 +16,10 @@ from scipy.stats import binom, norm
 from fluogen.core import FluogenError, make_rng
 from fluogen.uncertainty.bounds import certifies, min_images
 from fluogen.uncertainty.calibration import calibrate, calibrate_stream, collect, name_image, search_factor
-from fluogen.uncertainty.certificate import LEVELS, load_calibration, save_calibration
-from fluogen.uncertainty.families import (EDGES, FAMILIES, CalibrationError, check_sets, critical_factor, find_edges,
-                                          from_residual, from_samples, loss_curve, scale_sets)
+from fluogen.uncertainty.calibration import LEVELS, load_calibration, save_calibration
+from fluogen.uncertainty.calibration import (
+    EDGES, FAMILIES, CalibrationError, check_sets, critical_factor, find_edges, from_residual, from_samples,
+    loss_curve, scale_sets)
 
 FULL = os.environ.get("FLUOGEN_BATTERY") == "full"
 TRIALS = 2000 if FULL else 200

@@ -8,10 +8,10 @@ from scipy.stats import spearmanr
 
 from fluogen.core import FluogenError, make_rng
 from fluogen.uncertainty.calibration import calibrate_stream
-from fluogen.uncertainty.certificate import LEVELS, load_calibration, save_calibration
+from fluogen.uncertainty.calibration import LEVELS, load_calibration, save_calibration
 from fluogen.uncertainty.diagnostics import diagnose, pair_table, rank_correlation
-from fluogen.uncertainty.families import EDGES, CalibrationError, bin_values
-from fluogen.uncertainty.guard import FEATURES, InputRange, describe_image, judge_input, watch
+from fluogen.uncertainty.calibration import EDGES, CalibrationError, bin_values
+from fluogen.uncertainty.ood import FEATURES, InputRange, describe_image, judge_input, watch
 
 SYSTEM = dict(weights="nano-sr@0123", sampler="ddim", steps=10, normalisation="percentile:0.1,99.9", task="sr")
 

@@ -33,8 +33,8 @@ from fluogen.datasets.pairs import NoisyPairError
 from fluogen.tasks.restore import restore_unit
 from fluogen.simulation.stream import Rounds
 from fluogen.tasks.settings import RestoreSettings
-from fluogen.uncertainty.certificate import save_calibration
-from fluogen.uncertainty.families import CalibrationError
+from fluogen.uncertainty.calibration import save_calibration
+from fluogen.uncertainty.calibration import CalibrationError
 
 CAMERA = (2.2, 100.0, 1.6)
 

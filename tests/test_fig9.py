@@ -21,9 +21,9 @@ from fluogen.tasks import fig9, fig9_claims
 from fluogen.tasks.intervals import field_sets, load_heads
 from fluogen.tasks.settings import RestoreSettings
 from fluogen.uncertainty.calibration import calibrate_stream
-from fluogen.uncertainty.certificate import LEVELS
-from fluogen.uncertainty.families import CalibrationError
-from fluogen.uncertainty.guard import FEATURES, describe_image
+from fluogen.uncertainty.calibration import LEVELS
+from fluogen.uncertainty.calibration import CalibrationError
+from fluogen.uncertainty.ood import FEATURES, describe_image
 
 REAL = Path(__file__).parents[2] / "shared" / "realdata" / "nuclei_instance" / "manifest.jsonl"
 

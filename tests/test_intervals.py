@@ -16,8 +16,8 @@ from fluogen.tasks.folders import restore_file
 from fluogen.tasks.intervals import SIDE, Field, calibrate_fields, field_sets, find_heads, load_heads, restore_sets, system_facts
 from fluogen.tasks.restore import restore_image, restore_unit
 from fluogen.tasks.settings import RestoreSettings
-from fluogen.uncertainty.certificate import save_calibration
-from fluogen.uncertainty.families import CalibrationError
+from fluogen.uncertainty.calibration import save_calibration
+from fluogen.uncertainty.calibration import CalibrationError
 
 PIXEL = {"Y": 0.06, "X": 0.06}
 CHAIN = RestoreSettings(samples=2, passes=2)

@@ -7,7 +7,7 @@ from scipy.stats import binom
 from fluogen.core import make_rng
 from fluogen.uncertainty.bounds import hoeffding_bentkus
 from fluogen.uncertainty.calibration import calibrate_stream
-from fluogen.uncertainty.families import CalibrationError, scale_sets
+from fluogen.uncertainty.calibration import CalibrationError, scale_sets
 
 FACTORS = np.linspace(0, 10, 20)        # as shipped
 

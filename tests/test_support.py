@@ -4,8 +4,9 @@ import pytest
 
 from fluogen.core import make_rng
 from fluogen.preprocessing.noise import NoiseModel
-from fluogen.uncertainty import support
-from fluogen.uncertainty.support import Forward, SupportError, gaussian_psf, judge_support, make_filters, measure_detection, plant_line
+from fluogen.uncertainty import consistency as support
+from fluogen.uncertainty.consistency import (
+    Forward, SupportError, gaussian_psf, judge_support, make_filters, measure_detection, plant_line)
 
 NOISE = NoiseModel(gain=2.0, intercept=2.0**2 * 1.5**2 - 2.0 * 100, levels=(100, 1000))
 

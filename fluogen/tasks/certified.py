@@ -27,9 +27,9 @@ from ..datasets.pairs import read_pair
 from .restore import light_range, list_planes, restore_layers
 from .settings import RestoreSettings
 from ..uncertainty.bounds import min_images
-from ..uncertainty.certificate import Calibration, load_calibration
-from ..uncertainty.families import CalibrationError
-from ..uncertainty.guard import InputRange, check_size, describe_image, judge_input
+from ..uncertainty.calibration import Calibration, load_calibration
+from ..uncertainty.calibration import CalibrationError
+from ..uncertainty.ood import InputRange, check_image_size, describe_image, judge_input
 
 # %% ../../nbs/lib/tasks/43_certified.ipynb #b8c286f5
 def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> Field:
@@ -37,7 +37,7 @@ def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSett
     if weights.config["norm"] != STABLE:
         target, *_ = read_pair(record, weights.config["scale"])
         counts = read_image(record.conditioning_path, sha256=record.conditioning_sha256).array
-        check_size(counts.shape, record.conditioning_path)
+        check_image_size(counts.shape, record.conditioning_path)
         return Field(counts, target[0].numpy(), str(record.group))
     if not record.conditioning_image:
         raise CalibrationError("a single image, not a pair", where=record.image, hint="Give image (clean) and conditioning_image (noisy).")
@@ -131,7 +131,7 @@ class Certified:
         "The planes whose promise is void, in words; empty for an image that is covered. Raises `CalibrationError`, `ImageReadError`."
         planes, _ = list_planes(image, self.settings)
         check_numbers(planes, image.path)
-        check_size(planes.shape, image.path)
+        check_image_size(planes.shape, image.path)
         flat = planes.reshape(-1, *planes.shape[-2:])
         if not self.calibration.inputs:
             return ["not covered: calibrated on fewer than 20 images, whose range is not known"]

@@ -25,7 +25,7 @@ from ..training.learners import DirectFitter
 from .noisy_thirty import NoisyFields, judge_by_truth, real_fields
 from ..models.zoo import find_record
 from .records import RecordError
-from ..uncertainty.support import Detection, measure_detection
+from ..uncertainty.consistency import Detection, measure_detection
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #9cd1c5a5
 CONVENTIONS = {"normalisation": "light of the truth, background 0, 99.9th percentile 1; 8-bit real pairs with photometry: 0..255 counts",

@@ -30,8 +30,8 @@ from .restore import PlanePasses
 from .settings import RestoreSettings
 from ..uncertainty.calibration import calibrate_stream, search_factor
 from ..uncertainty.diagnostics import diagnose
-from ..uncertainty.families import EDGES, CalibrationError, loss_curve
-from ..uncertainty.guard import InputRange, describe_image
+from ..uncertainty.calibration import EDGES, CalibrationError, loss_curve
+from ..uncertainty.ood import InputRange, describe_image
 
 # %% ../../nbs/lib/tasks/80_fig9.ipynb #e17b3a4f
 BLURRED = OpticsRange("blur x 1.5", na=tuple((a / 1.5, b / 1.5) for a, b in HELD_OUT.na), wavelength_nm=HELD_OUT.wavelength_nm,

@@ -33,8 +33,8 @@ from ..models.cards import licence_after
 from ..simulation.stream import Rounds, draw_rows
 from ..training.augment import dihedral
 from .settings import RestoreSettings
-from ..uncertainty.certificate import save_calibration
-from ..uncertainty.families import CalibrationError
+from ..uncertainty.calibration import save_calibration
+from ..uncertainty.calibration import CalibrationError
 
 # %% ../../nbs/lib/tasks/42_heads.ipynb #42d0b361
 def heads_batch(step: int, seed: int, n: int, rounds: Rounds) -> dict:

@@ -26,9 +26,9 @@ from .tiling import TileSide
 from .restore import PlanePasses, light_range, show_plane, walk_chains
 from .settings import RestoreSettings, check_weights, fill_camera
 from ..uncertainty.calibration import calibrate_stream
-from ..uncertainty.certificate import Calibration
-from ..uncertainty.families import CalibrationError
-from ..uncertainty.guard import describe_image, watch
+from ..uncertainty.calibration import Calibration
+from ..uncertainty.calibration import CalibrationError
+from ..uncertainty.ood import describe_image, watch
 
 # %% ../../nbs/lib/tasks/41_intervals.ipynb #f5a97fc9
 FAMILIES_OF = {"direct": ("quantile", "residual"), "control": ("quantile", "spread")}

@@ -14,7 +14,7 @@ from ..io.image import Image, read_image
 from ..preprocessing.noise import NoiseError, NoiseModel, estimate_noise
 from .restore import CAMERA
 from .settings import RestoreError
-from ..uncertainty.support import judge_support
+from ..uncertainty.consistency import judge_support
 
 # %% ../../nbs/lib/tasks/13_marks.ipynb #5b1c0a06
 OFF = 0.1               # of the range of grey values: a denoised image keeps the mean of its recording
