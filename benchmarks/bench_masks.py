@@ -18,7 +18,7 @@ from fluogen.metrics.segmentation import measure_following
 from fluogen.training.fit import MASK_CONFIG
 from fluogen.training.learners import MaskFitter
 from fluogen.datasets.pairs import gather_tiles
-from fluogen.tasks.own_pairs import split_pairs
+from fluogen.tasks.finetune import split_pairs
 
 PROMPTS = ["Nucleus of BPAE", "DNA of U2OS", "Nuclei of PC-3", "S. aureus"]
 

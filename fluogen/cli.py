@@ -23,8 +23,8 @@ from .recipes.catalog import run_train
 # %% ../nbs/lib/90_cli.ipynb #0de6f563
 def run_restore(args) -> int:
     "Restore a file or a folder; returns the exit code."
-    from fluogen.tasks.folders import list_images, restore_files
-    from fluogen.tasks.settings import RestoreSettings, load_for_task
+    from fluogen.tasks.restore_files import list_images, restore_files
+    from fluogen.tasks.restore import RestoreSettings, load_for_task
     settings = RestoreSettings(
         prompt=args.prompt, samples=args.samples, passes=args.passes, seed=args.seed,
         tile_px=args.tile, overlap_px=min(32, args.tile // 2),
@@ -38,8 +38,8 @@ def run_restore(args) -> int:
     options = dict(axes=args.axes, dtype=args.dtype, memory_gb=args.memory)
     say(f"{weights.id} on {device}{why}, {len(files)} image{'s' * (len(files) > 1)}")
     if args.interval or args.calibration:
-        from fluogen.tasks.certified import certify
-        options["certified"] = certify(weights, settings, args.calibration, args.model)
+        from fluogen.tasks.intervals import load_interval_restorer
+        options["certified"] = load_interval_restorer(weights, settings, args.calibration, args.model)
         say(f"interval: {options['certified'].calibration}")
     for source, target, outcome in restore_files(files, weights, settings, Progress(len(files)), **options):
         if isinstance(outcome, FluogenError):
@@ -61,10 +61,10 @@ def run_support(args) -> int:
     "Mark what a recording does not support of a denoised image."
     from fluogen.io.files import check_writable
     from fluogen.io.image import write_image
-    from fluogen.tasks.marks import mark_files
+    from fluogen.tasks.support import support_map_files
     if args.map:
         check_writable(args.map)
-    made, invented, missed = mark_files(args.recorded, args.restored, element_px=args.element, camera=args.camera)
+    made, invented, missed = support_map_files(args.recorded, args.restored, element_px=args.element, camera=args.camera)
     print(f"invented  {invented:.1%} of the resolution elements claim light that was not recorded\n"
           f"missing   {missed:.1%} leave out light that was recorded\n"
           "by chance 5.0% at most, both together", flush=True)
@@ -149,12 +149,12 @@ def run_check(args) -> int:
 def run_finetune(args) -> int:
     "Tune shipped weights on one's own pairs; Ctrl-C keeps a checkpoint, and the same command goes on."
     from fluogen.report.live import TextCurve
-    from fluogen.tasks.own_pairs import adapt, set_profile
+    from fluogen.tasks.finetune import adapt, set_profile
     common = dict(base=args.model or "", minutes=args.minutes, work=args.work, out=args.out, seed=args.seed, device=args.device, say=say,
                   free=args.free, callback=TextCurve(say))
     if masks := args.task == "mask2image":
         from fluogen.training.fit import MASK_CONFIG
-        from fluogen.tasks.masks import adapt_masks
+        from fluogen.tasks.finetune import adapt_masks
         config = set_profile(replace(MASK_CONFIG, seed=args.seed, minutes=args.minutes), args.profile, args.device)
         made = adapt_masks(args.manifest, args.name, config=config, **common)
     else:
@@ -172,9 +172,9 @@ def run_calibrate(args) -> int:
     "Calibrate intervals on one's own pairs, and say in words what may be relied on."
     from fluogen.io.files import check_writable
     from fluogen.datasets.registry import load_dataset
-    from fluogen.tasks.certified import calibrate_source, choose_family
+    from fluogen.tasks.intervals import calibrate_source, choose_family
     from fluogen.tasks.intervals import HEADED, load_heads
-    from fluogen.tasks.settings import RestoreSettings, load_for_task
+    from fluogen.tasks.restore import RestoreSettings, load_for_task
     from fluogen.uncertainty.calibration import save_calibration
     check_writable(args.out or "calibration.json", ".json")
     settings = RestoreSettings(prompt=args.prompt, samples=args.samples, passes=args.passes, seed=args.seed, camera=args.camera)

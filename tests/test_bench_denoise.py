@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fluogen.tasks.finetune import expect_gain
+
 from fluogen.core import FluogenError, make_rng
 from fluogen.io.image import write_image
 from fluogen.simulation.camera import expose
@@ -117,9 +119,9 @@ def test_the_curve_is_read():
     rows = [{"method": m, "seed": s, "pairs": n, "ever": [base + slope * np.log2(n)], "in time": [0.0]} for s in (0, 1) for n in (2, 8, 32)
             for m, base, slope in (("fluogen", 24, 0.5), ("care", 21, 1.5))]
     assert abs(bench_pairs.find_crossing({"rows": rows}) - 8) < 1e-6
-    assert "32 pairs of 128 x 128 in place of 8 gained +1.0 dB" in bench_pairs.expect_gain(bench_pairs.gain_table({"rows": rows}), 7)
-    assert "ends at 32 pairs of 128 x 128; you have 400" in bench_pairs.expect_gain(bench_pairs.gain_table({"rows": rows}), 400)
-    assert "your 5 make 80 of that size" in bench_pairs.expect_gain(bench_pairs.gain_table({"rows": rows}), 80, 5)
+    assert "32 pairs of 128 x 128 in place of 8 gained +1.0 dB" in expect_gain(bench_pairs.gain_table({"rows": rows}), 7)
+    assert "ends at 32 pairs of 128 x 128; you have 400" in expect_gain(bench_pairs.gain_table({"rows": rows}), 400)
+    assert "your 5 make 80 of that size" in expect_gain(bench_pairs.gain_table({"rows": rows}), 80, 5)
     assert bench_pairs.find_crossing({"rows": rows}, "care", "fluogen") is None
 
 

@@ -192,7 +192,7 @@ def test_notes_are_lines_and_stay_inside_the_command(run, raw, tmp_path, model, 
 
 
 def test_interrupted_and_full(run, raw, tmp_path, model, monkeypatch):
-    from fluogen.tasks import folders
+    from fluogen.tasks import restore_files as folders
     for error, code in ((KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)):
         def fail(*a, error=error, **k):
             raise error

@@ -12,7 +12,7 @@ from fluogen.cli import main
 from fluogen.io.image import read_image, write_image
 from fluogen.models.zoo import load_weights
 from fluogen.tasks import heads
-from fluogen.tasks.certified import unseen_pairs
+from fluogen.tasks.intervals import unseen_pairs
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_no_interval_without_its_calibration(run, model, calibration, tmp_path, 
 
 
 def test_calibrate_hands_task_and_camera_on(run, model, monkeypatch, tmp_path):
-    from fluogen.tasks import certified, settings
+    from fluogen.tasks import intervals as certified, restore as settings
     asked = []
     monkeypatch.setattr(settings, "load_for_task", lambda task, *more, load=settings.load_for_task: asked.append(task) or load("sr", *more))
     monkeypatch.setattr(certified, "calibrate_source", lambda source, weights, settings, *more, calibrate=certified.calibrate_source, **rest:

@@ -27,9 +27,9 @@ from fluogen.tasks.denoisers import hide_pixels
 from fluogen.training.learners import ControlFitter
 from fluogen.datasets.pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.datasets.pairs import read_pairs
-from fluogen.tasks.own_pairs import adapt
+from fluogen.tasks.finetune import adapt
 from fluogen.tasks.restore import restore_image, restore_unit
-from fluogen.tasks.settings import RestoreError, RestoreSettings
+from fluogen.tasks.restore import RestoreError, RestoreSettings
 from fluogen.simulation.stream import Rounds
 from toys import PROMPTS, TINY, shake
 

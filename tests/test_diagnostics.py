@@ -202,9 +202,9 @@ def test_one_image_of_many_structures_shows_its_blur():
 
 def load_calibration_of(model):
     from fluogen.models.zoo import load_weights
-    from fluogen.tasks.certified import certify
-    from fluogen.tasks.settings import RestoreSettings
-    return certify(load_weights(model), RestoreSettings(), model=model).calibration
+    from fluogen.tasks.intervals import load_interval_restorer
+    from fluogen.tasks.restore import RestoreSettings
+    return load_interval_restorer(load_weights(model), RestoreSettings(), model=model).calibration
 
 
 def test_drift_of_simulated_microscopes():

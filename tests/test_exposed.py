@@ -27,12 +27,12 @@ from fluogen.models.unet import Backbone
 from fluogen.models.quantile_heads import HeadsConfig, QuantileHeads, noise_scale, restore_direct_interval
 from fluogen.models.zoo import list_weights, load_weights, save_weights
 from fluogen.tasks import exposed, heads
-from fluogen.tasks.certified import calibrate_source, certify, read_field
+from fluogen.tasks.intervals import calibrate_source, load_interval_restorer, read_field
 from fluogen.tasks.intervals import as_shown, calibrate_fields, field_sets, load_heads, measured_unit, restore_sets
 from fluogen.datasets.pairs import NoisyPairError
 from fluogen.tasks.restore import restore_unit
 from fluogen.simulation.stream import Rounds
-from fluogen.tasks.settings import RestoreSettings
+from fluogen.tasks.restore import RestoreSettings
 from fluogen.uncertainty.calibration import save_calibration
 from fluogen.uncertainty.calibration import CalibrationError
 
@@ -175,13 +175,13 @@ def test_truth_is_brought_to_the_scale_of_the_answer(toy):
 def test_another_camera_prompt_or_samples_are_refused(toy, calibration, tmp_path):
     folder, weights, own = toy
     save_calibration(calibration, tmp_path / "c.json")
-    system = certify(weights, RestoreSettings(), tmp_path / "c.json", str(folder))
+    system = load_interval_restorer(weights, RestoreSettings(), tmp_path / "c.json", str(folder))
     film = Image(draw_fields(1, 11, photons=30)[0].counts.astype(np.uint16), "YX")
     restored, lower, upper = system.restore(film)
     assert (lower.array < restored.array).all() and (restored.array < upper.array).all() and abs(restored.array.mean() - film.array.mean()) < 5
     for settings, what in ((RestoreSettings(camera=CAMERA), "normalisation"), (RestoreSettings(prompt=weights.prompts.config["prompts"][0]), "prompt")):
         with pytest.raises(CalibrationError, match=f"another {what}"):
-            certify(weights, settings, tmp_path / "c.json", str(folder))
+            load_interval_restorer(weights, settings, tmp_path / "c.json", str(folder))
     with pytest.raises(CalibrationError, match="super-resolution and denoising"):
         restore_sets(torch.rand(3, 8, 8), replace(weights, config=weights.config | {"task": "mask2image"}), heads=own)
 
@@ -231,7 +231,7 @@ def test_a_branch_on_noisy_images_gets_heads_and_needs_none_for_its_spread(tmp_p
                               say=lambda line: None)
     card, weights = (made / "card.md").read_text(), load_weights(str(tmp_path / "toy"))
     assert card.count("share of pixels missed, test scenes") == 4 and "velocity" in card
-    system = certify(weights, heads.settings_of(weights), model=str(tmp_path / "toy"))
+    system = load_interval_restorer(weights, heads.settings_of(weights), model=str(tmp_path / "toy"))
     restored, lower, upper = system.restore(Image(draw_fields(1, 5)[0].counts, "YX"))
     assert (lower.array <= restored.array).all() and (restored.array <= upper.array).all()
     shutil.rmtree(made)
@@ -251,12 +251,12 @@ def test_shipped_heads_are_small_and_of_the_shipped_weights():
     assert sum(p.stat().st_size for name in names for p in list_weights()[name].iterdir()) <= 2**20
     for name in names:
         base = load_weights(name.removesuffix("-heads"))
-        assert certify(base, heads.settings_of(base)).calibration.facts["weights"] == base.id
+        assert load_interval_restorer(base, heads.settings_of(base)).calibration.facts["weights"] == base.id
 
 
 def test_the_shipped_denoiser_keeps_its_promise_out_of_the_box(tmp_path):
     weights = load_weights("nano-denoise")
-    system = certify(weights, RestoreSettings())
+    system = load_interval_restorer(weights, RestoreSettings())
     clean = simulate_clean(("nuclei", "er", "lysosomes", "microtubules"), 8, 128, seed=21, split="test")
     fields = exposed.exposed_fields(clean, make_rng(21, "shipped"), split="test")
     losses = []

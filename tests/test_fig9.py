@@ -19,7 +19,7 @@ from fluogen.report.maps import COLUMNS, MapError, draw_interval_figure, map_pan
 from fluogen.report.run import PROFILES
 from fluogen.tasks import fig9, fig9_claims
 from fluogen.tasks.intervals import field_sets, load_heads
-from fluogen.tasks.settings import RestoreSettings
+from fluogen.tasks.restore import RestoreSettings
 from fluogen.uncertainty.calibration import calibrate_stream
 from fluogen.uncertainty.calibration import LEVELS
 from fluogen.uncertainty.calibration import CalibrationError

@@ -10,12 +10,14 @@ from fluogen.core import make_rng
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.models.quantile_heads import HeadsConfig, QuantileHeads
 from fluogen.models.zoo import Weights, load_weights
-from fluogen.tasks import certified, heads, intervals
-from fluogen.tasks.certified import Certified, calibrate_source, certify, choose_family, read_fields
-from fluogen.tasks.folders import restore_file
-from fluogen.tasks.intervals import SIDE, Field, calibrate_fields, field_sets, find_heads, load_heads, restore_sets, system_facts
+from fluogen.tasks import heads, intervals, intervals as certified
+from fluogen.tasks.intervals import (
+    IntervalRestorer, calibrate_source, choose_family, load_interval_restorer, read_fields)
+from fluogen.tasks.restore_files import restore_file
+from fluogen.tasks.intervals import (
+    FIELD_PX, Field, calibrate_fields, field_sets, find_heads, load_heads, restore_sets, system_facts)
 from fluogen.tasks.restore import restore_image, restore_unit
-from fluogen.tasks.settings import RestoreSettings
+from fluogen.tasks.restore import RestoreSettings
 from fluogen.uncertainty.calibration import save_calibration
 from fluogen.uncertainty.calibration import CalibrationError
 
@@ -64,7 +66,7 @@ def test_direct_families_stand_around_the_restored_picture(toy, family):
     for settings in (RestoreSettings(), RestoreSettings(tile_px=32, overlap_px=8)):
         mean, lower, upper = restore_sets(unit, weights, settings, heads=own, family=family)
         assert torch.equal(mean, restore_unit(unit, weights, settings)) and mean.shape == (42, 36)
-        assert bool((mean - lower >= SIDE - 1e-7).all() and (upper - mean >= SIDE - 1e-7).all())
+        assert bool((mean - lower >= FIELD_PX - 1e-7).all() and (upper - mean >= FIELD_PX - 1e-7).all())
 
 
 @pytest.mark.parametrize("family", ("quantile", "spread"))
@@ -86,7 +88,7 @@ def test_spread_is_the_standard_deviation():
     from fluogen.tasks.tiling import TileSide
     chains = torch.stack(list(walk_chains(PlanePasses(unit, weights, many, TileSide(256)), many, "k")))
     mean, lower, _ = restore_sets(unit, weights, many, "k", family="spread")
-    assert torch.allclose(mean - lower, chains.std(0).clamp_min(SIDE), atol=1e-5)
+    assert torch.allclose(mean - lower, chains.std(0).clamp_min(FIELD_PX), atol=1e-5)
 
 
 def test_a_family_that_weights_do_not_have_is_refused(toy):
@@ -122,22 +124,22 @@ def test_the_promise_holds_on_fields_to_come(toy):
 
 def test_another_system_is_refused(toy, tmp_path):
     folder, weights, own, _, file = toy
-    assert certify(weights, RestoreSettings(), model=str(folder)).calibration.n == 40
+    assert load_interval_restorer(weights, RestoreSettings(), model=str(folder)).calibration.n == 40
     for settings, what in ((RestoreSettings(prompt="ER of COS-7"), "prompt"),):
         with pytest.raises(CalibrationError, match=f"another {what}"):
-            certify(weights, settings, file, str(folder))
+            load_interval_restorer(weights, settings, file, str(folder))
     other = Weights(weights.name, weights.config | {"sha256": "e" * 64}, weights.modules, weights.schedule, weights.direct)
     with pytest.raises(CalibrationError, match="another weights"):
-        Certified(file, other, RestoreSettings(), own)
+        IntervalRestorer(file, other, RestoreSettings(), own)
     with pytest.raises(CalibrationError, match="another heads"):
-        Certified(file, weights, RestoreSettings(), Weights("x", {"sha256": "d" * 64}, own.modules))
+        IntervalRestorer(file, weights, RestoreSettings(), Weights("x", {"sha256": "d" * 64}, own.modules))
     body = json.loads(file.read_text())
     body["factor"] /= 2                                                            # a tempted user
     (tmp_path / "c.json").write_text(json.dumps(body))
     with pytest.raises(CalibrationError, match="not a calibration"):
-        certify(weights, RestoreSettings(), tmp_path / "c.json", str(folder))
+        load_interval_restorer(weights, RestoreSettings(), tmp_path / "c.json", str(folder))
     with pytest.raises(CalibrationError, match="no calibration, so no interval"):
-        certify(weights, RestoreSettings(), tmp_path / "absent.json", str(folder))
+        load_interval_restorer(weights, RestoreSettings(), tmp_path / "absent.json", str(folder))
 
 
 def test_steps_and_samples_are_bound():
@@ -179,7 +181,7 @@ def test_few_images_have_no_known_range(toy, tmp_path):
     found = calibrate_source(write_pairs(tmp_path, range(12)), weights, alpha=0.3, delta=0.1, heads=own)
     assert found.inputs == ()
     save_calibration(found, tmp_path / "c.json")
-    system = Certified(tmp_path / "c.json", weights, RestoreSettings(), own)
+    system = IntervalRestorer(tmp_path / "c.json", weights, RestoreSettings(), own)
     assert "fewer than 20 images" in system.judge(Image(draw_pair(0)[0], "YX"))[0]
 
 
@@ -188,7 +190,7 @@ def test_few_images_have_no_known_range(toy, tmp_path):
 def test_three_images_on_one_scale(toy):
     folder, weights, own, calibration, file = toy
     film = Image(np.stack([draw_pair(700)[0], draw_pair(701)[0]]), "TYX", {"Y": 0.06, "X": 0.06})
-    system = Certified(file, weights, RestoreSettings(), own)
+    system = IntervalRestorer(file, weights, RestoreSettings(), own)
     restored, lower, upper = system.restore(film)
     assert np.array_equal(restored.array, restore_image(film, weights).array)
     for layer in (lower, upper):
@@ -201,7 +203,7 @@ def test_three_images_on_one_scale(toy):
 
 def test_maps_lie_beside_the_result_and_are_not_made_twice(toy, tmp_path):
     folder, weights, own, _, file = toy
-    system = Certified(file, weights, RestoreSettings(), own)
+    system = IntervalRestorer(file, weights, RestoreSettings(), own)
     write_image(tmp_path / "a.tif", draw_pair(800)[0], pixel_um=PIXEL)
     target = tmp_path / "out" / "a.tif"
     assert restore_file(tmp_path / "a.tif", target, weights, certified=system, dtype="uint16") == "restored"
@@ -218,7 +220,7 @@ def test_maps_lie_beside_the_result_and_are_not_made_twice(toy, tmp_path):
 
 def test_images_together_are_each_counted_once(toy, tmp_path):
     _, weights, own, _, file = toy
-    system = Certified(file, weights, RestoreSettings(), own)
+    system = IntervalRestorer(file, weights, RestoreSettings(), own)
     assert system.judge_together() == ""                                          # nothing judged yet
     for number in range(6):
         write_image(tmp_path / f"{number}.tif", draw_pair(820 + number)[0])
@@ -231,7 +233,7 @@ def test_images_together_are_each_counted_once(toy, tmp_path):
 
 def test_what_is_not_covered_says_so_in_its_name(toy, tmp_path):
     _, weights, own, _, file = toy
-    system = Certified(file, weights, RestoreSettings(), own)
+    system = IntervalRestorer(file, weights, RestoreSettings(), own)
     write_image(tmp_path / "a.tif", draw_pair(800, gain=30)[0], pixel_um=PIXEL)
     (tmp_path / "out").mkdir()
     with pytest.warns(UserWarning, match="not covered: input outside the calibration range"):
@@ -257,8 +259,8 @@ def test_the_recipe_trains_only_heads_resumes_and_writes_calibrations(tmp_path):
     files = sorted(p.name for p in made.glob("calibration*"))
     assert len(files) == 2 and files[1] == "calibration.json"
     weights = load_weights(str(folder))
-    system = certify(weights, RestoreSettings(), model=str(folder))
-    rest = certify(weights, RestoreSettings(), made / files[0], str(folder))
+    system = load_interval_restorer(weights, RestoreSettings(), model=str(folder))
+    rest = load_interval_restorer(weights, RestoreSettings(), made / files[0], str(folder))
     assert system.calibration.width <= rest.calibration.width and {system.family, rest.family} == {"quantile", "residual"}
     assert choose_family(weights, RestoreSettings(), str(folder)) == system.family
     card = (made / "card.md").read_text()

@@ -16,16 +16,16 @@ from fluogen.io.image import Image, read_image, write_image
 from fluogen.preprocessing.labels import LABEL_NORMS, LabelError, check_labels, find_rims, show_labels
 from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights, save_weights
-from fluogen.tasks import masks
+from fluogen.tasks import finetune as masks
 from fluogen.datasets.pairs import Pairs
 from fluogen.training.fit import judge_fit
 from fluogen.metrics.segmentation import measure_following, overlap
 from fluogen.training.fit import MASK_CONFIG
 from fluogen.training.learners import MaskFitter
-from fluogen.tasks.masks import adapt_masks, find_mask_alarm
+from fluogen.tasks.finetune import adapt_masks, find_mask_alarm
 from fluogen.datasets.pairs import OwnPairsError
 from fluogen.tasks.restore import restore_image
-from fluogen.tasks.settings import RestoreError, RestoreSettings
+from fluogen.tasks.restore import RestoreError, RestoreSettings
 from toys import ABOUT, CARD, make_weights
 
 SHORT = replace(MASK_CONFIG, steps=4, batch=2, crop_px=32, validate_every=2, precision="fp32", lr=2e-2, ema_decay=0.5)

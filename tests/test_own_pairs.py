@@ -22,15 +22,15 @@ from fluogen.simulation.pairs import simulate_pairs
 from fluogen.datasets.registry import load_dataset
 from fluogen.models.zoo import load_weights
 from fluogen.training import fit as finetune
-from fluogen.tasks import own_pairs
+from fluogen.tasks import finetune as own_pairs
 from fluogen.training.fit import TUNE_CONFIG
 from fluogen.datasets.pairs import Pairs
 from fluogen.training.fit import blend_weights, fit
 from fluogen.training.learners import DirectFitter
 from fluogen.datasets.pairs import find_camera
 from fluogen.datasets.pairs import OwnPairsError, cut_pair, read_pairs
-from fluogen.tasks.own_pairs import adapt, find_alarm, set_profile, split_pairs
-from fluogen.tasks.settings import RestoreSettings, fill_camera
+from fluogen.tasks.finetune import adapt, find_alarm, set_profile, split_pairs
+from fluogen.tasks.restore import RestoreSettings, fill_camera
 from toys import make_weights, save_toy
 
 SHORT = replace(TUNE_CONFIG, steps=4, batch=2, crop_px=32, validate_every=2, precision="fp32")

@@ -16,11 +16,11 @@ from fluogen.core import FluogenError
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.diffusion.direct import upsample
 from fluogen.models.zoo import ZooError, load_weights
-from fluogen.tasks import folders, restore, tiling
-from fluogen.tasks.folders import convert, list_images, restore_file, restore_files
+from fluogen.tasks import restore, restore_files as folders, tiling
+from fluogen.tasks.restore_files import convert, list_images, restore_file, restore_files
 from fluogen.tasks.tiling import MemoryLimitError
 from fluogen.tasks.restore import list_planes, match_flux, restore_image, restore_unit
-from fluogen.tasks.settings import RestoreError, RestoreSettings, check_weights, load_for_task
+from fluogen.tasks.restore import RestoreError, RestoreSettings, check_weights, load_for_task
 
 SMALL = {"tile_px": 32, "overlap_px": 8}
 MEAN, SAMPLES = RestoreSettings(**SMALL), RestoreSettings(samples=2, passes=2, **SMALL)

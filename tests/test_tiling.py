@@ -12,7 +12,7 @@ from toys import make_weights
 
 from fluogen.simulation.pairs import simulate_pairs
 from fluogen.tasks.restore import restore_unit
-from fluogen.tasks.settings import RestoreSettings, load_for_task
+from fluogen.tasks.restore import RestoreSettings, load_for_task
 from fluogen.tasks.tiling import TilingError, fade, fade_window, pad_reflect, plan_tiles, run_tiled, tile_starts
 
 def draw_case(rng):

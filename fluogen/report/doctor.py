@@ -56,7 +56,7 @@ def try_weights() -> Iterator[Fact]:
     "Whether the weights that restoring needs are here and whole; on one thread: several wait for each other on a busy machine."
     import torch
     from fluogen.models.zoo import list_weights, load_weights
-    from fluogen.tasks.settings import TASK_WEIGHTS
+    from fluogen.tasks.restore import TASK_WEIGHTS
     found, needed = list_weights(), ("fluogen-nano", "nano-generate", *filter(None, TASK_WEIGHTS.values()))
     for name in needed:
         threads = torch.get_num_threads()

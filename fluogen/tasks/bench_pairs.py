@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTS', 'FEW', 'CURVE_CONFIG', 'TUNED', 'METHODS', 'LONG', 'TUNINGS', 'AT', 'N_FIELDS', 'SERIES',
            'SAMPLE_SIZE_BENCH', 'describe_laboratory', 'laboratory_pairs', 'draw_pairs', 'make_fitter', 'score_method',
-           'score_once', 'run_curve', 'laboratories_of', 'curve_of', 'find_crossing', 'gain_table', 'expect_gain']
+           'score_once', 'run_curve', 'laboratories_of', 'curve_of', 'find_crossing', 'gain_table']
 
 # %% ../../nbs/lib/tasks/54_bench_pairs.ipynb #78ffd14a
 import json
@@ -21,13 +21,12 @@ from ..datasets.pairs import PairBatch, Pairs, as_pairs
 from ..simulation.camera import TEST_EXPOSURES, expose
 from ..simulation.microscopes import HELD_OUT, OpticsRange
 from ..simulation.pairs import simulate_clean
-from ..metrics.bootstrap import mean_interval
 from ..models.zoo import load_weights, state_fact
 from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
+from ..training.peft import restrict
 from .bench30 import Benchmark, Method, fit_all, load_method, run_jobs
 from .bench_denoise import DENOISE_BENCH, restore_fields, score_fields
 from .denoise import ROWS
-from ..training.peft import restrict
 from .noisy_thirty import judge_by_truth, split_few
 from .records import join_record
 
@@ -156,23 +155,3 @@ def find_crossing(record: dict, ours: str = "fluogen", theirs: str = "care") -> 
 def gain_table(record: dict, method: str = "fluogen") -> dict[str, list[float]]:
     "What `expect_gain` reads: pairs -> PSNR in dB of each acquisition setting; kept in the config of the weights that are tuned."
     return {str(n): [round(float(v), 4) for v in values] for n, values in curve_of(record, method).items()}
-
-
-def expect_gain(
-    table: dict | None,             # pairs -> PSNR of each acquisition setting, of the weights' config
-    n_tiles: int,                   # of 128 x 128, which one's pairs are cut into
-    n_pairs: int | None = None,     # how many pairs that is; default: as many
-) -> str:
-    "One line: what more images bought in simulated acquisition settings; empty without a table."
-    curve = {int(n): np.array(values) for n, values in (table or {}).items()}
-    if len(curve) < 2:
-        return ""
-    counts = sorted(curve)
-    have = min(counts, key=lambda n: abs(np.log(n) - np.log(max(n_pairs or n_tiles, 1))))       # other crops of a field are no other fields
-    yours = f"you have {n_tiles}" if n_pairs in (None, n_tiles) else f"your {n_pairs} make {n_tiles} of that size"
-    more = [n for n in counts if n > have and len(curve[n]) == len(curve[have])]
-    if not more:
-        return f"More images: the curve of simulated acquisition settings ends at {counts[-1]} pairs of 128 x 128; {yours}."
-    gain, low, high = mean_interval(curve[more[0]] - curve[have])
-    return (f"More images: in simulated acquisition settings {more[0]} pairs of 128 x 128 in place of {have} gained {gain:+.1f} dB "
-            f"({low:+.1f} to {high:+.1f}); {yours}.")

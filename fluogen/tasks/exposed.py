@@ -19,7 +19,7 @@ from ..simulation.stream import Rounds
 from ..simulation.structures import STRUCTURES
 from .intervals import Field, field_sets
 from ..training.augment import dihedral
-from .settings import RestoreSettings
+from .restore import RestoreSettings
 
 # %% ../../nbs/lib/tasks/41_exposed.ipynb #14f03c4a
 def exposed_fields(

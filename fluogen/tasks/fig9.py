@@ -23,11 +23,11 @@ from ..datasets.registry import load_dataset
 from ..models.quantile_heads import run_three_chains, with_heads
 from ..diffusion.samplers import NoiseField
 from ..diffusion.schedule import GRIDS
-from .intervals import SIDE, Field, measured_unit, restore_sets
+from .intervals import FIELD_PX, Field, measured_unit, restore_sets
 from .tiling import TileSide
 from .open_images import may_learn
 from .restore import PlanePasses
-from .settings import RestoreSettings
+from .restore import RestoreSettings
 from ..uncertainty.calibration import calibrate_stream, search_factor
 from ..uncertainty.diagnostics import diagnose
 from ..uncertainty.calibration import EDGES, CalibrationError, loss_curve
@@ -114,7 +114,7 @@ def paper_sets(counts, weights, heads, passes: int = 10, seed: int = 0) -> np.nd
     H, W = (plane.scale * n for n in counts.shape)
     lower, mean, upper = (to_unit(q)[0, 0, :H, :W] for q in found)
     mean = mean.clamp(0, 1)
-    return torch.stack([mean, torch.minimum(lower, mean - SIDE), torch.maximum(upper, mean + SIDE)]).numpy()
+    return torch.stack([mean, torch.minimum(lower, mean - FIELD_PX), torch.maximum(upper, mean + FIELD_PX)]).numpy()
 
 
 def list_ways(direct, direct_heads, control, control_heads, seed: int = 0) -> dict:

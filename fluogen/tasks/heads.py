@@ -32,7 +32,7 @@ from ..models.cards import training_facts
 from ..models.cards import licence_after
 from ..simulation.stream import Rounds, draw_rows
 from ..training.augment import dihedral
-from .settings import RestoreSettings
+from .restore import RestoreSettings
 from ..uncertainty.calibration import save_calibration
 from ..uncertainty.calibration import CalibrationError
 
