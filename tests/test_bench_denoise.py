@@ -16,7 +16,7 @@ from fluogen.tasks import bench_denoise, bench_pairs, noisy_thirty
 from fluogen.training.fit import BENCH_CONFIG, TUNE_CONFIG
 from fluogen.tasks.bench_denoise import compare, score_fields, table_of
 from fluogen.tasks.records import score_row
-from fluogen.tasks.denoise import psnr_light
+from fluogen.recipes.denoising import psnr_light
 from fluogen.preprocessing.anscombe import noisy_light
 from fluogen.tasks.noisy_thirty import judge_by_truth, list_folds, real_fields, real_pairs, real_rows, simulate_noisy_thirty, split_few
 

@@ -298,7 +298,7 @@ def test_weights(run, monkeypatch, tmp_path):
 
 
 def test_train_hands_its_options_on(run, monkeypatch, tmp_path):
-    from fluogen.tasks import prior, recipes
+    from fluogen.recipes import prior, super_resolution as recipes
     calls = []
     for module, name in ((prior, "train_prior"), (recipes, "train_sr")):
         monkeypatch.setattr(module, name, lambda out, work, **more: calls.append((out, work, more)) or out)

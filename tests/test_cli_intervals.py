@@ -11,7 +11,7 @@ from toys import save_interval_toy, save_toy
 from fluogen.cli import main
 from fluogen.io.image import read_image, write_image
 from fluogen.models.zoo import load_weights
-from fluogen.tasks import heads
+from fluogen.recipes import interval_heads as heads
 from fluogen.tasks.intervals import unseen_pairs
 
 

@@ -21,7 +21,7 @@ from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.models.cards import CARD_KEYS
 from fluogen.models.zoo import load_weights, save_weights
 from fluogen.training import fit as finetune
-from fluogen.tasks import denoise
+from fluogen.recipes import denoising as denoise
 from fluogen.training.fit import TUNE_CONFIG
 from fluogen.tasks.denoisers import hide_pixels
 from fluogen.training.learners import ControlFitter

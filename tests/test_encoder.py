@@ -7,9 +7,9 @@ from fluogen.simulation.pairs import simulate_targets
 from fluogen.simulation.structures import STRUCTURES
 from fluogen.models.zoo import load_weights
 from fluogen.metrics.generation import frechet_distance, kernel_distance
-from fluogen.tasks import encoder as room
+from fluogen.recipes import image_encoder as room
 from fluogen.models.image_encoder import EncoderError, ImageEncoder, embed, load_encoder, measure_statistics
-from fluogen.tasks.encoder import blur_picture, encoder_batch
+from fluogen.recipes.image_encoder import blur_picture, encoder_batch
 from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
 
 

@@ -26,7 +26,7 @@ from fluogen.preprocessing.anscombe import noise_of_light
 from fluogen.models.unet import Backbone
 from fluogen.models.quantile_heads import HeadsConfig, QuantileHeads, noise_scale, restore_direct_interval
 from fluogen.models.zoo import list_weights, load_weights, save_weights
-from fluogen.tasks import exposed, heads
+from fluogen.recipes import interval_heads as exposed, interval_heads as heads
 from fluogen.tasks.intervals import calibrate_source, load_interval_restorer, read_field
 from fluogen.tasks.intervals import as_shown, calibrate_fields, field_sets, load_heads, measured_unit, restore_sets
 from fluogen.datasets.pairs import NoisyPairError

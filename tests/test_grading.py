@@ -12,7 +12,7 @@ from fluogen.models.image_encoder import load_encoder
 from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_grades, tell
 from fluogen.tasks.generate import GenerateError
 from fluogen.tasks.grading import BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes
-from fluogen.tasks.prior import DEALS, Deal, dealt
+from fluogen.recipes.prior import DEALS, Deal, dealt
 from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
 
 

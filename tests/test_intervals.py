@@ -10,7 +10,8 @@ from fluogen.core import make_rng
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.models.quantile_heads import HeadsConfig, QuantileHeads
 from fluogen.models.zoo import Weights, load_weights
-from fluogen.tasks import heads, intervals, intervals as certified
+from fluogen.tasks import intervals, intervals as certified
+from fluogen.recipes import interval_heads as heads
 from fluogen.tasks.intervals import (
     IntervalRestorer, calibrate_source, choose_family, load_interval_restorer, read_fields)
 from fluogen.tasks.restore_files import restore_file

@@ -13,9 +13,9 @@ from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.models.unet import BackboneConfig
 from fluogen.models.zoo import load_weights
 from fluogen.training.augment import draw_crop
-from fluogen.tasks.open_images import OpenImagesError, known_prompt, licences, may_learn, open_images
-from fluogen.tasks import prior
-from fluogen.tasks.prior import DEALS, Deal, RecipeError, dealt, draw_times, prior_batch, scenes_seen, train_prior
+from fluogen.recipes.prior import OpenImagesError, known_prompt, licences, may_learn, open_images
+from fluogen.recipes import prior
+from fluogen.recipes.prior import DEALS, Deal, RecipeError, dealt, draw_times, prior_batch, scenes_seen, train_prior
 from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
 
 

@@ -2,7 +2,8 @@
 import pytest
 
 from fluogen.cli import main
-from fluogen.tasks import brightness, encoder, grading
+from fluogen.tasks import brightness, grading
+from fluogen.recipes import image_encoder as encoder
 
 
 def test_the_command_hands_its_options_on(monkeypatch, tmp_path, capsys):

@@ -20,27 +20,27 @@ def run_train(args, log=print) -> int:
     common = dict(device=args.device, seed=args.seed, minutes=args.minutes)
     one = common | dict(steps=args.steps, lr=args.rate)
     if args.recipe in PRIORS:
-        from fluogen.tasks.prior import train_prior
+        from fluogen.recipes.prior import train_prior
         made = train_prior(out / PRIORS[args.recipe][0], work, start=args.start or PRIORS[args.recipe][1], recipe=args.recipe,
                            real=args.real, **one)
     elif args.recipe.startswith("nano-denoise"):
-        from fluogen.tasks.denoise import train_denoise
+        from fluogen.recipes.denoising import train_denoise
         made = train_denoise(out / args.recipe, work, base=args.base, start=args.start,
                              adaptation="control" if args.recipe.endswith("samples") else "direct", **one)
     elif args.recipe == "heads":
-        from fluogen.tasks.heads import MODELS, train_heads
+        from fluogen.recipes.interval_heads import MODELS, train_heads
         for made in train_heads(out, work, models=args.models or MODELS, steps=args.steps, say=log, **common):
             print(made, flush=True)
         log("look at card.md in those folders; to use them: fluogen restore IN OUT --interval")
         return 0
     elif args.recipe == "encoder":
-        from fluogen.tasks.encoder import train_encoder
+        from fluogen.recipes.image_encoder import train_encoder
         made = train_encoder(out / "encoder-nano", work, minutes=args.minutes, seed=args.seed, start=args.start, steps=args.steps)
         print(made, flush=True)
         log("look at what lies in that folder; the figures show it")
         return 0
     else:
-        from fluogen.tasks.recipes import train_sr
+        from fluogen.recipes.super_resolution import train_sr
         made = train_sr(out / args.recipe, work, adaptation="control" if args.recipe == "nano-sr" else "direct", start=args.start,
                         base=args.base or "fluogen-nano", generative=args.recipe != "nano-sr-simulated", **one)
     print(made, flush=True)

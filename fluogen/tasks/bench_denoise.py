@@ -23,7 +23,7 @@ from ..metrics.bootstrap import paired_interval
 from ..metrics.restoration import score_restoration
 from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
 from .bench30 import Benchmark, Method, fit_all, load_method, run_jobs
-from .denoise import DENOISE
+from ..recipes.denoising import DENOISE
 from ..models.classical import DenoiserError, denoise_nlm, tune_nlm
 from .denoisers import build_denoiser, fit_denoiser
 from ..datasets.pairs import Pairs

@@ -26,7 +26,7 @@ from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
 from ..training.peft import restrict
 from .bench30 import Benchmark, Method, fit_all, load_method, run_jobs
 from .bench_denoise import DENOISE_BENCH, restore_fields, score_fields
-from .denoise import ROWS
+from ..recipes.denoising import ROWS
 from .noisy_thirty import judge_by_truth, split_few
 from .records import join_record
 

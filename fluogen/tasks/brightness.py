@@ -28,7 +28,7 @@ from ..training.augment import crop_and_expose
 from ..training.optim import TrainConfig
 from ..training.trainer import load_state as load_trained, train
 from .generate import GenerateSettings, generate
-from .prior import prior_loss
+from ..recipes.prior import prior_loss
 
 # %% ../../nbs/lib/tasks/48_brightness.ipynb #663e56ae
 class BrightnessError(FluogenError):

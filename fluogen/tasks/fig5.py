@@ -20,7 +20,7 @@ from ..models.zoo import ZooError, load_weights
 from ..metrics.bootstrap import paired_interval
 from .bench30 import load_method, run_method, tell_ends
 from .bench_denoise import DENOISE_BENCH, LEARNED, METHODS, best_baseline, classical, compare, open_denoiser, restore_fields
-from .denoise import DENOISE, ROWS, held_out_fields
+from ..recipes.denoising import DENOISE, ROWS, held_out_fields
 from ..training.learners import DirectFitter
 from .noisy_thirty import NoisyFields, judge_by_truth, real_fields
 from ..models.zoo import find_record

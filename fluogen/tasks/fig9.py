@@ -25,7 +25,7 @@ from ..diffusion.samplers import NoiseField
 from ..diffusion.schedule import GRIDS
 from .intervals import FIELD_PX, Field, measured_unit, restore_sets
 from .tiling import TileSide
-from .open_images import may_learn
+from ..recipes.prior import may_learn
 from .restore import PlanePasses
 from .restore import RestoreSettings
 from ..uncertainty.calibration import calibrate_stream, search_factor

@@ -28,7 +28,7 @@ from ..metrics.generation import (
 from ..models.image_encoder import ImageEncoder, default_encoder, embed
 from .generate import GenerateSettings, check_size, generate
 from ..io.files import write_json
-from .prior import scenes_seen
+from ..recipes.prior import scenes_seen
 from ..simulation.stream import PAPER_PROMPTS, Rounds
 
 # %% ../../nbs/lib/tasks/46_grading.ipynb #3fd6658e

@@ -21,7 +21,7 @@ from ..diffusion.samplers import NoiseField, sample_dpmpp_2m
 from ..diffusion.schedule import logsnr_grid
 from ..models.unet import BackboneConfig
 from ..models.zoo import Weights
-from .denoise import held_out_fields, psnr_light
+from ..recipes.denoising import held_out_fields, psnr_light
 from ..training.learners import DirectFitter
 from .generate import check_size
 

@@ -21,7 +21,7 @@ from ..datasets.pairs import PairBatch
 from ..simulation.pairs import simulate_clean
 from ..datasets.registry import load_dataset
 from ..preprocessing.anscombe import show_noisy
-from .denoise import ROWS, held_out_fields
+from ..recipes.denoising import ROWS, held_out_fields
 from ..datasets.pairs import Pairs
 from ..datasets.pairs import match_scale, read_noise, show_pair
 
