@@ -127,12 +127,12 @@ def run_check(args) -> int:
     if args.manifest:
         check_writable(args.manifest, ".jsonl")
     if args.sheet:
-        from fluogen.report.figure import check_picture, save_picture
+        from fluogen.report.plotting import check_picture, save_picture
         check_picture(args.sheet)
     report = check_data(args.input, lambda done, of, show=Progress(1): show(source, done, of))
     print("\n".join([*report.summary(), *report.lines()]), flush=True)
     if args.sheet:
-        from fluogen.report.sheet import draw_sheet
+        from fluogen.report.contact_sheet import draw_sheet
         say(f"contact sheet: {save_picture(draw_sheet(report), args.sheet, max_kb=2000)}")
     manifest = None if source.is_dir() and not (source / "manifest.jsonl").is_file() else args.input
     if args.manifest:
@@ -148,7 +148,7 @@ def run_check(args) -> int:
 # %% ../nbs/lib/90_cli.ipynb #8542d214
 def run_finetune(args) -> int:
     "Tune shipped weights on one's own pairs; Ctrl-C keeps a checkpoint, and the same command goes on."
-    from fluogen.report.live import TextCurve
+    from fluogen.report.widgets import TextCurve
     from fluogen.tasks.finetune import adapt, set_profile
     common = dict(base=args.model or "", minutes=args.minutes, work=args.work, out=args.out, seed=args.seed, device=args.device, say=say,
                   free=args.free, callback=TextCurve(say))

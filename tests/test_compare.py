@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from fluogen.report.compare import CompareError, compare_metrics, main, read_numbers, tolerance_of
+from fluogen.report.compare import CompareError, compare_folders, compare_metrics, read_numbers, tolerance_of
 
 KEY = ("ER", "m", "psnr")
 
@@ -34,11 +34,11 @@ def write(folder, value):
 def test_command(tmp_path, capsys):
     for name, value in (("old", 20.0), ("near", 20.01), ("far", 21.0)):
         write(tmp_path / name / "fig0" / "laptop", value)
-    assert main([str(tmp_path / "old"), str(tmp_path / "near")]) == 0
-    assert main([str(tmp_path / "old"), str(tmp_path / "far")]) == 1
+    assert compare_folders([str(tmp_path / "old"), str(tmp_path / "near")]) == 0
+    assert compare_folders([str(tmp_path / "old"), str(tmp_path / "far")]) == 1
     assert "moved: ER, m, psnr: committed 20.0, measured 21.0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="nothing was measured"):
-        main([str(tmp_path / "old"), str(tmp_path / "empty")])
+        compare_folders([str(tmp_path / "old"), str(tmp_path / "empty")])
 
 
 def test_foreign_files(tmp_path):

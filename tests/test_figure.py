@@ -9,9 +9,10 @@ from scipy import ndimage
 
 from fluogen.report.curves import draw_curves
 from fluogen.core import FluogenError
-from fluogen.report.figure import (LUT_POINTS, FigureError, check_picture, choose_zoom, display_range, get_lut, image_grid, reduce_colours,
-                                   picture_style, save_picture)
-from fluogen.report.live import LiveCurve
+from fluogen.report.plotting import (
+    LUT_POINTS, FigureError, check_picture, choose_zoom, display_range, get_lut, image_grid, picture_style,
+    reduce_colours, save_picture)
+from fluogen.report.widgets import LiveCurve
 
 
 def scene(seed, size=128):

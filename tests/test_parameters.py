@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from fluogen.report.parameters import Between, ParameterError, check_parameters, notebook_parameters
+from fluogen.report.run import Between, ParameterError, check_parameters, notebook_parameters
 
 ALLOWED = {"profile": ("smoke", "laptop"), "seed": Between(0, 2**31), "share": Between(0.0, 1.0), "dataset": str,
            "save": bool, "n": int}

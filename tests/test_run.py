@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fluogen.core import DeviceError, FluogenError
 from fluogen.report.claims import judge
-from fluogen.report.parameters import Between, ParameterError
+from fluogen.report.run import Between, ParameterError
 from fluogen.report.run import figures_folder, open_run, save_results, write_metrics
 
 ALLOWED = {"seed": Between(0, 99), "device": str}
@@ -90,7 +90,7 @@ def test_a_raising_cell_is_recorded(home, tmp_path):
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     texts = ['# Parameters\nseed = 1\ndevice = "cpu"', "from fluogen.report.run import open_run\n"
-             "from fluogen.report.parameters import Between, notebook_parameters\n"
+             "from fluogen.report.run import Between, notebook_parameters\n"
              'run = open_run("fig0_demo", "smoke", notebook_parameters(globals()), {"seed": Between(0, 9), "device": str})',
              "1 / 0", "run.finish()"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .figure import FigureError, get_lut, mark_profile, picture_style
+from .plotting import FigureError, get_lut, mark_profile, picture_style
 
 # %% ../../nbs/lib/report/68_brightness.ipynb #a42a20cb
 COLOURS = ("black", "#b2182b", "#e08214", "#2166ac", "#5aae61", "#762a83")

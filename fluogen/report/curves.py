@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'draw_curves']
 # %% ../../nbs/lib/report/75_curves.ipynb #cd0b8604
 import numpy as np
 
-from .figure import mark_profile, picture_style
+from .plotting import mark_profile, picture_style
 from ..metrics.bootstrap import mean_interval
 from ..tasks.bench_pairs import COUNTS, FEW, LONG, N_FIELDS, TUNINGS, laboratories_of
 from ..tasks.fig5b import NAMES, curves

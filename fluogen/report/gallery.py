@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .figure import FigureError, _add_bar, get_lut, mark_profile, picture_style
+from .plotting import FigureError, _add_bar, get_lut, mark_profile, picture_style
 
 # %% ../../nbs/lib/report/65_gallery.ipynb #4a43a5cc
 def choose_square(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..core import FluogenError
-from .figure import display_range, mark_profile, picture_style
+from .plotting import display_range, mark_profile, picture_style
 
 # %% ../../nbs/lib/report/70_maps.ipynb #244a3476
 class MapError(FluogenError):

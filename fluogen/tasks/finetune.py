@@ -147,7 +147,7 @@ def adapt(
     say=print,                      # called with one line at a time
     task: str = "sr",               # "sr" or "denoise"
     free: str = "all",              # which weights may move, see `fluogen.training.peft`
-    callback=None,                  # called with every entry of the training's log, e.g. `fluogen.report.live.LiveCurve`
+    callback=None,                  # called with every entry of the training's log, e.g. `fluogen.report.widgets.LiveCurve`
     progress: bool = True,          # the line on stderr
     profile: str = "laptop",        # "gpu": more and larger crops a step, more steps; refused without an NVIDIA GPU
 ) -> Adapted:
