@@ -16,7 +16,7 @@ from fluogen.simulation.optics import make_psf
 
 from fluogen.simulation.optics import Optics, widefield
 from fluogen.metrics.restoration import ssim
-from fluogen.tasks import baselines as B
+from fluogen.experiments import baselines as B
 from fluogen.models.baselines import DFCAN, RCAN, CareUNet, amplitude, count_cost, upsample_bicubic
 
 LEARNED = ("care", "dfcan", "rcan")

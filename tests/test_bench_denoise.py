@@ -12,13 +12,14 @@ from fluogen.core import FluogenError, make_rng
 from fluogen.io.image import write_image
 from fluogen.simulation.camera import expose
 from fluogen.simulation.pairs import simulate_clean
-from fluogen.tasks import bench_denoise, bench_pairs, noisy_thirty
+from fluogen.experiments import denoising as bench_denoise, denoising as noisy_thirty, sample_size as bench_pairs
 from fluogen.training.fit import BENCH_CONFIG, TUNE_CONFIG
-from fluogen.tasks.bench_denoise import compare, score_fields, table_of
-from fluogen.tasks.records import score_row
+from fluogen.experiments.denoising import compare_denoise_scores, denoise_table, score_denoise_fields
+from fluogen.experiments.records import score_row
 from fluogen.recipes.denoising import psnr_light
 from fluogen.preprocessing.anscombe import noisy_light
-from fluogen.tasks.noisy_thirty import judge_by_truth, list_folds, real_fields, real_pairs, real_rows, simulate_noisy_thirty, split_few
+from fluogen.experiments.denoising import (
+    judge_by_truth, list_folds, real_noisy_fields, real_pairs, real_rows, simulate_noisy_thirty, split_few)
 
 SHORT = replace(BENCH_CONFIG, steps=2, batch=2, crop_px=32, validate_every=2, precision="fp32")
 
@@ -49,14 +50,14 @@ def test_repeated_frames_and_averages_are_left_out(scenes):
 def test_no_scene_is_on_two_sides(scenes):
     for fold in range(4):
         training, held = real_pairs(scenes, fold, 30, side=32)
-        judged = set(real_fields(scenes, fold).batch.groups)
+        judged = set(real_noisy_fields(scenes, fold).batch.groups)
         assert judged == list_folds(scenes)[fold]
         assert not judged & set(training.groups) and not judged & set(held.groups) and not set(training.groups) & set(held.groups)
 
 
 def test_eight_bit_pairs_are_scored_on_their_counts(scenes):
-    fields, rows = real_fields(scenes, 1), [r for r in real_rows(scenes) if r["group"] == "scene1"]
-    found = score_fields(noisy_light(fields.batch.condition)[:, 0].numpy(), fields)
+    fields, rows = real_noisy_fields(scenes, 1), [r for r in real_rows(scenes) if r["group"] == "scene1"]
+    found = score_denoise_fields(noisy_light(fields.batch.condition)[:, 0].numpy(), fields)
     for score, row in zip(found, rows):
         expected = 10 * np.log10(255**2 / np.mean((row["noisy"].astype(float) - row["clean"])**2))
         assert abs(score["psnr"] - expected) < 0.02
@@ -65,9 +66,9 @@ def test_eight_bit_pairs_are_scored_on_their_counts(scenes):
 def test_stretched_pairs_are_aligned_before_scoring():
     fields = judge_by_truth(simulate_noisy_thirty(1, 5, 48), affine=True)
     truth = fields.batch.target[:, 0].numpy()
-    assert min(s["psnr"] for s in score_fields(3 * truth + 7, fields)) > 60
+    assert min(s["psnr"] for s in score_denoise_fields(3 * truth + 7, fields)) > 60
     plain = replace(fields, affine=False)
-    np.testing.assert_allclose([s["psnr"] for s in score_fields(0.9 * truth, plain)],
+    np.testing.assert_allclose([s["psnr"] for s in score_denoise_fields(0.9 * truth, plain)],
                                psnr_light(torch.from_numpy(0.9 * truth)[:, None], plain.batch.target).numpy(), atol=0.01)
 
 
@@ -81,30 +82,30 @@ def test_something_is_always_set_aside(n):
 def test_the_recipe_runs_ends_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(noisy_thirty, "TEST_EXPOSURES", (20,))
     small = lambda n_per_row=1, size_px=48: {f"{k} photons": judge_by_truth(simulate_noisy_thirty(k, 10, 48)) for k in (9, 20)}
-    monkeypatch.setattr(bench_denoise, "simulated_fields", small)
+    monkeypatch.setattr(bench_denoise, "simulated_noisy_fields", small)
     options = dict(seeds=(0,), methods=("noise2void",), seconds=0.01, config=SHORT, n_pairs=5)
-    out = bench_denoise.run_bench(tmp_path / "out", tmp_path / "work", **options)
+    out = bench_denoise.run_denoise_benchmark(tmp_path / "out", tmp_path / "work", **options)
     record = json.loads((out / "scores.json").read_text())
     assert {r["way"] for r in record["rows"]} == {"noisy", "nlm", "noise2void"} and record["fits"][0]["steps"] == 2
     stamp = (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns
-    bench_denoise.run_bench(tmp_path / "out", tmp_path / "work", **options)
+    bench_denoise.run_denoise_benchmark(tmp_path / "out", tmp_path / "work", **options)
     assert (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns == stamp
     shipped = bench_denoise.open_denoiser(str(tmp_path / "out" / "bench-denoise-noise2void"))
     fields = small()["9 photons"]
-    again = [s["psnr"] for s in score_fields(bench_denoise.restore_fields(shipped, fields), fields)]
+    again = [s["psnr"] for s in score_denoise_fields(bench_denoise.restore_denoise_fields(shipped, fields), fields)]
     kept = next(r for r in record["rows"] if r["way"] == "noise2void")["scores"]["psnr"]
     np.testing.assert_allclose(again, kept, atol=1e-3)
-    assert compare(record, ("nlm", "ever"), ("noisy", "ever")).mean > 1
-    assert [len(axis) for axis in bench_denoise.table_of(record, "psnr", "nlm")[:2]] == [1, 10]         # a scene's score: its mean over exposures
+    assert compare_denoise_scores(record, ("nlm", "ever"), ("noisy", "ever")).mean > 1
+    assert [len(axis) for axis in bench_denoise.denoise_table(record, "psnr", "nlm")[:2]] == [1, 10]         # a scene's score: its mean over exposures
 
 
 def test_folds_are_read_side_by_side():
     record = {"dataset": "fmd", "fields": {"fold 0": ["a", "a"], "fold 1": ["b"]}, "groups": {"fold 0": ["s", "s"], "fold 1": ["t"]},
               "rows": [score_row("fold 0", "direct", 0, "ever", [{"psnr": 1.0}, {"psnr": 2.0}]), score_row("fold 1", "direct", 1, "ever", [{"psnr": 4.0}]),
                        score_row("fold 0", "noisy", 0, "ever", [{"psnr": 0.0}, {"psnr": 0.5}]), score_row("fold 1", "noisy", 1, "ever", [{"psnr": 1.0}])]}
-    values, _, groups = table_of(record, "psnr", "direct")
+    values, _, groups = denoise_table(record, "psnr", "direct")
     assert values.tolist() == [[1.0, 2.0, 4.0]] and len(set(groups)) == 2
-    assert abs(compare(record, ("direct", "ever"), ("noisy", "ever")).mean - (1 + 1.5 + 3) / 3) < 1e-9
+    assert abs(compare_denoise_scores(record, ("direct", "ever"), ("noisy", "ever")).mean - (1 + 1.5 + 3) / 3) < 1e-9
 
 
 def test_laboratories_are_nested_and_disjoint_from_what_judges():

@@ -7,8 +7,8 @@ import torch
 
 from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights
-from fluogen.tasks import brightness as room
-from fluogen.tasks.brightness import PROCESSES, BrightnessError, brightness_batch, compare_brightness, sample_data
+from fluogen.experiments import brightness as room
+from fluogen.experiments.brightness import PROCESSES, BrightnessError, brightness_batch, compare_brightness, sample_data
 from fluogen.tasks.fig3b import STATISTICS, figure_claims, figure_rows, mean_shift, tell
 from fluogen.simulation.stream import Rounds
 

@@ -25,7 +25,7 @@ from fluogen.datasets.record import Record
 from fluogen.preprocessing.registration import PairError, align_pair, find_scale, measure_shift
 from fluogen.datasets.scan import pairs_from_folder
 from fluogen.datasets.scan import build_manifest
-from fluogen.tasks.bench_pairs import laboratory_pairs
+from fluogen.experiments.sample_size import laboratory_pairs
 from fluogen.datasets.pairs import read_mask_pair
 from fluogen.datasets.pairs import read_noisy_pair
 from fluogen.datasets.pairs import read_pair

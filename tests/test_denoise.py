@@ -23,7 +23,7 @@ from fluogen.models.zoo import load_weights, save_weights
 from fluogen.training import fit as finetune
 from fluogen.recipes import denoising as denoise
 from fluogen.training.fit import TUNE_CONFIG
-from fluogen.tasks.denoisers import hide_pixels
+from fluogen.experiments.baselines import hide_pixels
 from fluogen.training.learners import ControlFitter
 from fluogen.datasets.pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.datasets.pairs import read_pairs

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from fluogen.experiments.harness import describe_stopping
+
 from fluogen.core import FluogenError
 from fluogen.io.image import write_image
 from fluogen.report.claims import judge
-from fluogen.tasks import bench30, fig4, fig4_claims, scoring, thirty
-from fluogen.tasks.records import RecordError, read_record
+from fluogen.tasks import fig4, fig4_claims
+from fluogen.experiments import super_resolution as bench30, super_resolution as scoring, super_resolution as thirty
+from fluogen.experiments.records import RecordError, read_record
 
 
 def write_pairs(folder, rows):
@@ -49,7 +52,7 @@ def made_up_record():
     level = {"bicubic": 22.0, "richardson_lucy": 24.0, "care": 26.0, "dfcan": 25.0, "rcan": 25.5, "scratch": 25.8, "direct": 27.0}
     level |= {f"control, {way}": 26.2 for way in scoring.CONTROL_WAYS} | {"control-frozen, 4 passes, mean of 4": 23.0}
     rows = []
-    for kind in scoring.KINDS:
+    for kind in scoring.FIELD_KINDS:
         for way, base in level.items():
             for seed in (None,) if way in ("bicubic", "richardson_lucy") else (0, 1):
                 noise = np.random.default_rng([seed or 0, len(way)]).normal(0, 0.05, 4)
@@ -57,7 +60,7 @@ def made_up_record():
                           "resolution_um": list(3 / base + noise / 1000), "cutoff_per_um": [8.0] * 4,
                           "invented": list(0.3 / base + noise / 1000), "missed": [0.1] * 4}
                 rows.append({"kind": kind, "way": way, "which": "ever", "seed": seed, "scores": scores})
-    return {"seeds": [0, 1], "fields": {kind: fields for kind in scoring.KINDS}, "rows": rows, "n_per_structure": 2}
+    return {"seeds": [0, 1], "fields": {kind: fields for kind in scoring.FIELD_KINDS}, "rows": rows, "n_per_structure": 2}
 
 
 def test_claims_follow_the_record():
@@ -75,7 +78,7 @@ def test_claims_follow_the_record():
 def test_what_learned_nothing_stands_beside_every_draw():
     record = made_up_record()
     record["rows"] += [dict(r, way=way) for r in record["rows"] if (r["way"], r["seed"]) == ("care", 0) for way in ("untuned", "many")]
-    draws = {way: scoring.compare(record, ("direct", "ever"), (way, "ever"), "psnr").n_seeds for way in ("untuned", "many", "scratch", "bicubic")}
+    draws = {way: scoring.compare_sr_scores(record, ("direct", "ever"), (way, "ever"), "psnr").n_seeds for way in ("untuned", "many", "scratch", "bicubic")}
     assert draws == {"untuned": 2, "many": 1, "scratch": 2, "bicubic": 2}
 
 
@@ -88,16 +91,16 @@ def test_the_best_baseline_is_credited_with_its_better_stopping_rule():
     record = made_up_record()
     record["rows"] += [dict(r, which="in time", scores={k: [v + 0.5 for v in vs] for k, vs in r["scores"].items()})
                        for r in record["rows"] if r["way"] == "care"]
-    assert scoring.best_baseline(record) == ("care", "in time")
+    assert scoring.best_sr_baseline(record) == ("care", "in time")
 
 
 def test_where_less_is_better_the_best_baseline_has_the_least():
-    record, mean = made_up_record(), lambda metric, way: scoring.table_of(record, "held-out", metric, *way).mean()
+    record, mean = made_up_record(), lambda metric, way: scoring.sr_table(record, "held-out", metric, *way).mean()
     for metric in ("invented", "resolution_um"):
-        best = scoring.best_baseline(record, metric)
+        best = scoring.best_sr_baseline(record, metric)
         assert all(mean(metric, best) <= mean(metric, (way, "ever")) for way in ("care", "rcan", "scratch"))
     with pytest.raises(RecordError, match="no learned baseline"):
-        scoring.best_baseline(record, "nrmse")
+        scoring.best_sr_baseline(record, "nrmse")
 
 
 def test_table_and_rows():
@@ -118,10 +121,10 @@ def test_a_prompt_names_its_row_by_whole_words(prompt, row):
 
 def test_claims_say_how_their_fits_ended():
     fit = lambda steps, best: {"steps": steps, "best step": best, "config": {"steps": 2000, "patience": 8, "validate_every": 40}}
-    assert bench30.tell_ends([fit(2000, 1960), fit(2000, 1600), fit(900, 580)], "care") == (
+    assert describe_stopping([fit(2000, 1960), fit(2000, 1600), fit(900, 580)], "care") == (
         "; 1 of 3 fits of care were ended by their last step, not by patience")
-    assert bench30.tell_ends([fit(320, 0), {"steps": 0}], "direct") == "; 1 of 1 fits of direct were best before the first step"
-    assert bench30.tell_ends([], "care") == ""
+    assert describe_stopping([fit(320, 0), {"steps": 0}], "direct") == "; 1 of 1 fits of direct were best before the first step"
+    assert describe_stopping([], "care") == ""
 
 
 def test_thirty_pairs_are_split_without_sharing_a_scene():
@@ -145,9 +148,9 @@ def test_the_test_fields_come_from_other_optics():
 def test_the_shipped_record_is_whole():
     record = read_record("bench30", "bench30")
     assert len(record["seeds"]) >= 3
-    for kind in scoring.KINDS:
-        for method in (*bench30.LEARNED, "direct"):
-            table = scoring.table_of(record, kind, "psnr", method)
+    for kind in scoring.FIELD_KINDS:
+        for method in (*bench30.SR_LEARNED, "direct"):
+            table = scoring.sr_table(record, kind, "psnr", method)
             assert table.shape == (len(record["seeds"]), len(record["fields"][kind])) and np.isfinite(table).all()
     from fluogen.models.zoo import list_weights, load_weights
     named = {base.split("@")[0]: base for base in record["bases"]}
@@ -184,12 +187,12 @@ def test_a_real_cell_is_in_one_set_only(clean_cells):
     assert not torch.equal(thirty.make_thirty(1, 12, clean_cells).target, thirty.make_thirty(3, 12, clean_cells).target)
 
 
-@pytest.mark.parametrize("kind", scoring.KINDS)
+@pytest.mark.parametrize("kind", scoring.FIELD_KINDS)
 def test_every_kind_of_field_has_every_score(kind):
     fields = thirty.draw_fields(kind, 1, size_px=192)
-    rows = scoring.score_fields(fields.target[:, 0].numpy() * 0.9, fields)
+    rows = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9, fields)
     assert all(set(row) == set(fig4.METRICS) and all(np.isfinite(list(row.values()))) for row in rows)
-    stretched = scoring.score_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
+    stretched = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
     assert min(row["psnr"] for row in stretched) > 90
 
 
@@ -201,9 +204,9 @@ def test_two_draws_of_real_cells_are_one_table_of_all_cells():
     record = scoring.join_halves({"seeds": [0, 1, 2, 3], "rows": rows, "fields": {"half 1": ["er", "er"], "half 0": ["er", "mitochondria"]},
                                   "groups": {"half 0": ["a", "b"], "half 1": ["c", "d"]}})
     assert record["groups"]["held-out"] == ["a", "b", "c", "d"] and record["fields"]["held-out"][1] == "mitochondria"
-    assert scoring.table_of(record, "held-out", "psnr", "direct").tolist() == [[0, 0.5, 1, 1.5], [2, 2.5, 3, 3.5]]
-    assert scoring.table_of(record, "held-out", "psnr", "bicubic").tolist() == [[0, 0, 1, 1]]
-    assert scoring.table_of(record, "held-out", "psnr", "care").shape == (1, 4)         # draw 2 has no partner
+    assert scoring.sr_table(record, "held-out", "psnr", "direct").tolist() == [[0, 0.5, 1, 1.5], [2, 2.5, 3, 3.5]]
+    assert scoring.sr_table(record, "held-out", "psnr", "bicubic").tolist() == [[0, 0, 1, 1]]
+    assert scoring.sr_table(record, "held-out", "psnr", "care").shape == (1, 4)         # draw 2 has no partner
 
 
 def test_too_few_cells_are_refused(tmp_path):

@@ -7,11 +7,12 @@ import pytest
 from toys import save_toy
 
 from fluogen.metrics.memorization import shrink_pictures
-from fluogen.tasks import grading
+from fluogen.experiments import generation as grading
 from fluogen.models.image_encoder import load_encoder
 from fluogen.tasks.fig3 import figure_claims, figure_rows, format_grades, open_grades, tell
 from fluogen.tasks.generate import GenerateError
-from fluogen.tasks.grading import BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes
+from fluogen.experiments.generation import (
+    IMAGES_A_BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes)
 from fluogen.recipes.prior import DEALS, Deal, dealt
 from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
 
@@ -59,7 +60,7 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
     monkeypatch.setattr(grading, "training_scenes", lambda weights, most: shrink_pictures(held_out_scenes(2, 9)[0]))
     monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: Rounds(simulate, seed, n=32, groups=groups))
     monkeypatch.setattr(grading, "scenes_seen", lambda weights: [dealt(Deal(), 0, 20)])
-    monkeypatch.setattr(grading, "BLOCK", 1)
+    monkeypatch.setattr(grading, "IMAGES_A_BLOCK", 1)
     monkeypatch.setattr(grading, "SHARE", {"guidance 2": 2})
     said, run = [], lambda: grading.grade_prior(tmp_path, tmp_path / "work", toy, 4, say=said.append, size_px=64, precision="fp32")
     record = json.loads((run() / "scores.json").read_text())
@@ -114,5 +115,5 @@ def test_the_note_by_eye_is_about_the_shipped_prior():
 def test_blocks_know_their_prompts(toy, tmp_path):
     from fluogen.models.zoo import load_weights
     images, seconds = draw_way(load_weights(toy), "guidance 2", 8, tmp_path, size_px=32, precision="fp32")
-    assert len(images) == BLOCK * 16 == len(block_prompts(len(images))) and seconds > 0
-    assert block_prompts(64)[:BLOCK] == [PAPER_PROMPTS[0]] * BLOCK
+    assert len(images) == IMAGES_A_BLOCK * 16 == len(block_prompts(len(images))) and seconds > 0
+    assert block_prompts(64)[:IMAGES_A_BLOCK] == [PAPER_PROMPTS[0]] * IMAGES_A_BLOCK

@@ -5,7 +5,7 @@ import pytest
 
 from fluogen.io.files import write_json, write_json_once
 from fluogen.models.zoo import find_record
-from fluogen.tasks.records import RecordError, describe_bench, is_comparable, join_record, read_record, score_row
+from fluogen.experiments.records import RecordError, describe_bench, is_comparable, join_record, read_record, score_row
 
 
 @pytest.fixture

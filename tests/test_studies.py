@@ -2,7 +2,7 @@
 import pytest
 
 from fluogen.cli import main
-from fluogen.tasks import brightness, grading
+from fluogen.experiments import brightness, generation as grading
 from fluogen.recipes import image_encoder as encoder
 
 

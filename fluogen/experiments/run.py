@@ -14,20 +14,20 @@ from ..core import resolve
 # %% ../../nbs/lib/experiments/90_run.ipynb #cc7918ba
 def score_the_prior(args, out: Path, work: Path, log) -> Path:
     "Draw pictures from the prior and grade them."
-    from fluogen.tasks.grading import grade_prior
+    from fluogen.experiments.generation import grade_prior
     return grade_prior(out, work, args.base or "nano-generate", args.per_prompt, say=log)
 
 
 def compare_processes(args, out: Path, work: Path, log) -> Path:
     "Train the three networks of the brightness figure."
-    from fluogen.tasks.brightness import run_brightness
+    from fluogen.experiments.brightness import run_brightness
     steps = {"steps": args.steps} if args.steps else {}
     return run_brightness(out, work, args.seeds or (0, 1, 2), args.minutes, **steps)
 
 
 def compare_restorers(args, out: Path, work: Path, log) -> Path:
     "Fit and score what figure 4 compares."
-    run_bench = resolve("fluogen.tasks.scoring:run_bench")
+    run_bench = resolve("fluogen.experiments.super_resolution:run_sr_benchmark")
     simulated = args.dataset == "simulated"
     here = dict(record="scores", n_per_structure=4) if simulated else dict(record="real", n_per_structure=25)
     seeds = args.seeds or range(3 if simulated else 6)
@@ -37,14 +37,14 @@ def compare_restorers(args, out: Path, work: Path, log) -> Path:
 
 def compare_denoisers(args, out: Path, work: Path, log) -> Path:
     "Fit and score what figure 5 compares."
-    run_bench = resolve("fluogen.tasks.bench_denoise:run_bench")
+    run_bench = resolve("fluogen.experiments.denoising:run_denoise_benchmark")
     seeds = args.seeds or ((0, 1, 2) if args.dataset == "simulated" else range(9))
     return run_bench(out, work, args.dataset, seeds=seeds, methods=args.methods, seconds=args.seconds, workers=args.workers)
 
 
 def count_pairs(args, out: Path, work: Path, log) -> Path:
     "Fit and score for the curve of quality against the number of pairs."
-    from fluogen.tasks.bench_pairs import run_curve
+    from fluogen.experiments.sample_size import run_curve
     return run_curve(out, work, seeds=args.seeds or range(5), methods=args.methods, seconds=args.seconds, workers=args.workers)
 
 

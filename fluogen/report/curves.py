@@ -10,7 +10,7 @@ import numpy as np
 
 from .plotting import mark_profile, picture_style
 from ..metrics.bootstrap import mean_interval
-from ..tasks.bench_pairs import COUNTS, FEW, LONG, N_FIELDS, TUNINGS, laboratories_of
+from ..experiments.sample_size import COUNTS, FEW_PAIRS, LONG, N_FIELDS, TUNINGS, laboratories_of
 from ..tasks.fig5b import NAMES, curves
 
 # %% ../../nbs/lib/report/75_curves.ipynb #e5b80105
@@ -54,13 +54,13 @@ def draw_curves(record: dict, profile: str = "paper"):
         axes = axes[0]
         for axis, (methods, title) in zip(axes, panels):
             for method in [m for m in methods if m in found]:
-                curve = found[method] if axis is axes[0] else {n: v for n, v in found[method].items() if n in FEW}
+                curve = found[method] if axis is axes[0] else {n: v for n, v in found[method].items() if n in FEW_PAIRS}
                 same = "untuned" in found and all(len(v) == len(zero) for v in curve.values())
                 _line(axis, curve, method, zero if same else 0.0)
             if "untuned" in found:
                 axis.axhline(0, color=COLOURS["fluogen"], linestyle=":", linewidth=1, label=NAMES["untuned"])
             axis.set_xscale("log")
-            axis.set_xticks(counts := COUNTS if axis is axes[0] else FEW, counts)
+            axis.set_xticks(counts := COUNTS if axis is axes[0] else FEW_PAIRS, counts)
             axis.minorticks_off()
             axis.set_xlabel("pairs of 128 x 128 pixels")
             axis.set_title(title)

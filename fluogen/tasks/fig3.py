@@ -12,7 +12,7 @@ import numpy as np
 from ..core import FluogenError, derive_seed
 from ..simulation.pairs import simulate_targets
 from .generate import GenerateSettings, generate, pixel_of_prompt
-from .records import RecordError, read_record
+from ..experiments.records import RecordError, read_record
 
 # %% ../../nbs/lib/tasks/74_fig3.ipynb #7dae19be
 PUBLISHED = ("ER of COS-7", "F-actin of COS-7", "Microtubules of COS-7", "CCPs of COS-7", "Nucleus of BPAE",

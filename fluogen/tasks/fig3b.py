@@ -13,7 +13,7 @@ from ..core import derive_seed, make_rng
 from ..simulation.pairs import simulate_targets
 from ..models.zoo import load_weights
 from ..training.augment import crop_and_expose
-from .brightness import PROCESSES, SAMPLING, WORDS
+from ..experiments.brightness import PROCESSES, SAMPLING, WORDS
 from .generate import GenerateSettings, generate
 
 # %% ../../nbs/lib/tasks/77_fig3b.ipynb #a7deba40

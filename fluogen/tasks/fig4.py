@@ -22,10 +22,10 @@ from ..datasets.registry import load_dataset
 from ..diffusion.direct import upsample
 from ..metrics import restoration
 from ..metrics.bootstrap import paired_interval
-from .bench30 import LEARNED
+from ..experiments.super_resolution import SR_LEARNED
 from ..datasets.pairs import read_pair
-from .scoring import classical_methods, open_fitter, restore_fields
-from .thirty import draw_fields
+from ..experiments.super_resolution import classical_methods, open_fitter, restore_sr_fields
+from ..experiments.super_resolution import draw_fields
 
 # %% ../../nbs/lib/tasks/70_fig4.ipynb #915976e1
 CONVENTIONS = {"normalisation": "each image by its own percentiles (input 0.1 and 99.9; truth 0 and 99.9), clipped to [0, 1]",
@@ -113,10 +113,10 @@ def figure_methods(steps: int = 4, seed: int = 0, device="cpu", classical: bool 
 
         def method(fields):
             there = replace(fields, condition=fields.condition.to(device))
-            return restore_fields(fitter, there, **options)
+            return restore_sr_fields(fitter, there, **options)
         method.id = fitter.id
         return method
-    for name in (*LEARNED, "direct"):
+    for name in (*SR_LEARNED, "direct"):
         methods[DISPLAY[name]] = column(name, {})
     methods["FluoGen control"] = column("control", {"passes": steps, "samples": 4, "seed": seed})
     methods["One sample"] = column("control", {"passes": steps, "samples": 1, "seed": seed})

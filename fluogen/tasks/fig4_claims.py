@@ -10,10 +10,11 @@ __all__ = ['CLAIMS', 'OURS_WAYS', 'CREDIT', 'FIELDS', 'OTHERS', 'best_of_ours', 
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #f514e16b
 import numpy as np
 
-from .bench30 import LEARNED, tell_ends
+from ..experiments.harness import describe_stopping
+from ..experiments.super_resolution import SR_LEARNED
 from .fig4 import DISPLAY, METRICS
-from .records import RecordError, read_record
-from .scoring import LOWER, best_baseline, compare, join_halves, table_of
+from ..experiments.records import RecordError, read_record
+from ..experiments.super_resolution import LOWER, best_sr_baseline, compare_sr_scores, join_halves, sr_table
 
 # %% ../../nbs/lib/tasks/72_fig4_claims.ipynb #d251ea01
 CLAIMS = {      # id -> sentence, what it must reach
@@ -39,20 +40,20 @@ OURS_WAYS = (("direct", "ever"), ("control, 4 passes, mean of 4", "ever"), ("con
 
 def best_of_ours(record: dict, ways=OURS_WAYS) -> tuple[str, str]:
     "The adaptation with the highest PSNR on held-out fields."
-    return max(ways, key=lambda way: table_of(record, "held-out", "psnr", *way).mean())
+    return max(ways, key=lambda way: sr_table(record, "held-out", "psnr", *way).mean())
 
 
 def list_comparisons(record: dict) -> dict:
     "id -> (first way, second way, metric); the claim is about first minus second."
-    ours, theirs = best_of_ours(record), best_baseline(record)
+    ours, theirs = best_of_ours(record), best_sr_baseline(record)
     ever = lambda way: (way, "ever")
-    return {"gain_psnr": (ours, theirs, "psnr"), "gain_ms_ssim": (ours, best_baseline(record, "ms_ssim"), "ms_ssim"),
+    return {"gain_psnr": (ours, theirs, "psnr"), "gain_ms_ssim": (ours, best_sr_baseline(record, "ms_ssim"), "ms_ssim"),
             "few_pairs": (ever("direct"), ever("many"), "psnr"),
             "control_gain": (best_of_ours(record, OURS_WAYS[1:]), theirs, "psnr"),
-            "sample_sharper": (best_baseline(record, "resolution_um"), ever("control, 4 passes"), "resolution_um"),
-            "sample_true": (ever("control, 4 passes"), best_baseline(record, "cutoff_per_um"), "cutoff_per_um"),
-            "invents": (ever("direct"), best_baseline(record, "invented"), "invented"),
-            "misses": (ever("direct"), best_baseline(record, "missed"), "missed"),
+            "sample_sharper": (best_sr_baseline(record, "resolution_um"), ever("control, 4 passes"), "resolution_um"),
+            "sample_true": (ever("control, 4 passes"), best_sr_baseline(record, "cutoff_per_um"), "cutoff_per_um"),
+            "invents": (ever("direct"), best_sr_baseline(record, "invented"), "invented"),
+            "misses": (ever("direct"), best_sr_baseline(record, "missed"), "missed"),
             "over_bicubic": (ours, ever("bicubic"), "psnr"), "over_richardson_lucy": (ours, ever("richardson_lucy"), "psnr"),
             "few_passes": (ever("control, 4 passes"), ever("control, 10 passes"), "psnr"),
             "prior_alone": (ever("prior"), ever("scratch"), "psnr"),
@@ -64,11 +65,11 @@ def claim_difference(name: str, record: dict, first: tuple, second: tuple, metri
     "Arguments of `fluogen.report.claims.judge` for one paired difference; not measured where the record lacks a side."
     about = dict(id=name, claim=CLAIMS[name][0], source="this package, thirty pairs", **CLAIMS[name][1])
     try:
-        interval = compare(record, first, second, metric)
+        interval = compare_sr_scores(record, first, second, metric)
     except RecordError as error:
         return about | dict(measured=None, why=str(error))
     draws = f"{interval.n_seeds} draw{'s' if interval.n_seeds > 1 else ''}"
-    ends = "".join(tell_ends([fit for fit in record.get("fits", ()) if fit["method"] == way], way)
+    ends = "".join(describe_stopping([fit for fit in record.get("fits", ()) if fit["method"] == way], way)
                    for way in dict.fromkeys(side[0].split(",")[0] for side in (first, second)))
     return about | dict(measured=interval.mean, ci95=(interval.low, interval.high),
                         why=f"{first[0]} against {second[0]} ({second[1]}), {draws} x {interval.n_fields} fields, as recorded{ends}")
@@ -78,8 +79,8 @@ def claim_real() -> dict:
     "The same comparison on real cells under a simulated microscope, in pairs of draws; not measured where the record is not there."
     try:
         real = join_halves(read_record("bench30", "bench30 --dataset PATH", "real"))
-        made = claim_difference("real_gain", real, ("direct", "ever"), best_baseline(real), "psnr")
-        there = [way for way in LEARNED if any(row["way"] == way for row in real["rows"])]
+        made = claim_difference("real_gain", real, ("direct", "ever"), best_sr_baseline(real), "psnr")
+        there = [way for way in SR_LEARNED if any(row["way"] == way for row in real["rows"])]
         cells = len(set(real["groups"]["held-out"]))
         return made | dict(why=f"{made['why']}; each draw a pair, {cells} cells; learned baselines measured: {', '.join(there)}")
     except RecordError as error:
@@ -102,8 +103,8 @@ def figure_claims(record: dict | None, seconds: dict, steps: int = 4, full: bool
         why = "needs simulated fields in a profile above smoke"
         return [dict(id=n, claim=CLAIMS[n][0], source="this package, thirty pairs", measured=None, why=why, **CLAIMS[n][1]) for n in CLAIMS]
     made = {name: claim_difference(name, record, *sides) for name, sides in list_comparisons(record).items()}
-    ours, theirs = best_of_ours(record), best_baseline(record)
-    worst = min((compare(record, ours, theirs, "psnr", structure=s).mean, s) for s in sorted(set(record["fields"]["held-out"])))
+    ours, theirs = best_of_ours(record), best_sr_baseline(record)
+    worst = min((compare_sr_scores(record, ours, theirs, "psnr", structure=s).mean, s) for s in sorted(set(record["fields"]["held-out"])))
     made["every_structure"] = dict(id="every_structure", claim=CLAIMS["every_structure"][0], source="this package, thirty pairs",
                                    measured=worst[0], why=f"smallest gain of {ours[0]}: {worst[1]}", **CLAIMS["every_structure"][1])
     made["real_gain"] = claim_real()
@@ -133,7 +134,7 @@ def format_credit(record: dict) -> str:
         cells = []
         for kind in FIELDS:
             rules = {row["which"] for row in record["rows"] if (row["kind"], row["way"]) == (kind, way)}
-            values = [table_of(record, kind, "psnr", way, rule).mean() for rule in rules]
+            values = [sr_table(record, kind, "psnr", way, rule).mean() for rule in rules]
             cells.append(f"{max(values):11.2f} dB" if values else f"{'not measured':>14}")
         lines.append(f"{way:<25}{has[0]:>7}{has[1]:>11}{has[2]:>11}" + "".join(cells))
     return "\n".join(lines)
@@ -147,7 +148,7 @@ def format_elsewhere(record: dict) -> str:
         for way in ways:
             for metric in METRICS:
                 try:
-                    value[way, metric] = table_of(record, kind, metric, way).mean()
+                    value[way, metric] = sr_table(record, kind, metric, way).mean()
                 except RecordError:
                     continue
         columns = [metric for metric in METRICS if any(name == metric for _, name in value)]
@@ -163,7 +164,7 @@ def format_elsewhere(record: dict) -> str:
 def check_record(record: dict, scores: dict, steps: int) -> float:
     "Largest difference in mean PSNR between this run and the record's first draw, over learned methods."
     seed = record["seeds"][0]
-    ways = {DISPLAY[name]: name for name in (*LEARNED, "direct")}
+    ways = {DISPLAY[name]: name for name in (*SR_LEARNED, "direct")}
     ways |= {"FluoGen control": "control, 4 passes, mean of 4"} if steps == 4 else {}
     kept = {r["way"]: np.mean(r["scores"]["psnr"]) for r in record["rows"]
             if (r["kind"], r["which"], r["seed"]) == ("held-out", "ever", seed)}
@@ -184,8 +185,8 @@ def tell(record: dict | None, claims: list, simulated: bool) -> str:
              f"Not measured in this run: {len(open_)}." if open_ else ""]
     for kind, called in (("out-of-range", "through microscopes out of range"),
                          ("unseen", "of mitochondria, which are not among the thirty pairs but among what the prior saw,")):
-        theirs = best_baseline(record, kind=kind)
-        interval = compare(record, ("direct", "ever"), theirs, "psnr", kind)
+        theirs = best_sr_baseline(record, kind=kind)
+        interval = compare_sr_scores(record, ("direct", "ever"), theirs, "psnr", kind)
         lines.append(f"On fields {called} the direct adaptation differs from the learned baseline that is best there, {theirs[0]}, by "
                      f"{interval.mean:+.2f} dB [{interval.low:+.2f}, {interval.high:+.2f}].")
     return "\n".join(line for line in lines if line)

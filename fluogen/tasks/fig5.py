@@ -18,13 +18,15 @@ from ..simulation.camera import TEST_EXPOSURES
 from ..simulation.optics import UPSAMPLING
 from ..models.zoo import ZooError, load_weights
 from ..metrics.bootstrap import paired_interval
-from .bench30 import load_method, run_method, tell_ends
-from .bench_denoise import DENOISE_BENCH, LEARNED, METHODS, best_baseline, classical, compare, open_denoiser, restore_fields
+from ..experiments.harness import describe_stopping, load_method, run_method
+from ..experiments.denoising import (
+    DENOISE_BENCH, DENOISE_LEARNED, DENOISE_METHODS, best_denoise_baseline, classical, compare_denoise_scores,
+    open_denoiser, restore_denoise_fields)
 from ..recipes.denoising import DENOISE, ROWS, held_out_fields
 from ..training.learners import DirectFitter
-from .noisy_thirty import NoisyFields, judge_by_truth, real_fields
+from ..experiments.denoising import NoisyFields, judge_by_truth, real_noisy_fields
 from ..models.zoo import find_record
-from .records import RecordError
+from ..experiments.records import RecordError
 from ..uncertainty.consistency import Detection, measure_detection
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #9cd1c5a5
@@ -38,7 +40,7 @@ DISPLAY = {"care": "CARE", "unet-rcan": "UNet-RCAN", "noise2void": "Noise2Void",
 
 
 def _column(fitter):
-    method = lambda fields: restore_fields(fitter, fields)
+    method = lambda fields: restore_denoise_fields(fitter, fields)
     method.id = getattr(fitter, "id", None)
     return method
 
@@ -74,7 +76,7 @@ def real_methods(dataset: str, fold: int, work: Path, seconds: float = 30.0, n_p
         folder = Path(work) / f"{name}-{fold}"
         try:
             if not (folder / "result.json").is_file():
-                boxed = config or replace(METHODS[name].config, minutes=seconds / 60)
+                boxed = config or replace(DENOISE_METHODS[name].config, minutes=seconds / 60)
                 run_method(name, fold, folder, DENOISE_BENCH, seconds, boxed, n_pairs, dataset)
             methods[label] = _column(load_method(name, fold, folder, DENOISE_BENCH))
         except ZooError as error:
@@ -85,7 +87,7 @@ def real_methods(dataset: str, fold: int, work: Path, seconds: float = 30.0, n_p
 def open_fields(dataset: str, fold: int, n_per_row: int, size_px: int, exposures=TEST_EXPOSURES) -> dict[str, NoisyFields]:
     "kind -> fields: simulated ones at every exposure, or the judged scenes of a fold."
     if dataset != "simulated":
-        return {f"fold {fold}": real_fields(dataset, fold, size_px=size_px)}
+        return {f"fold {fold}": real_noisy_fields(dataset, fold, size_px=size_px)}
     return {f"{photons} photons": judge_by_truth(held_out_fields(photons, n_per_row * len(ROWS), size_px, seed=0)) for photons in exposures}
 
 # %% ../../nbs/lib/tasks/74_fig5.ipynb #feccb73e
@@ -175,12 +177,12 @@ def _difference(record, name, claim, first, second, metric="psnr", **threshold) 
     if record is None:
         return about | dict(measured=None, why="no record: fluogen train bench-denoise")
     try:
-        second = best_baseline(record, metric) if second == "best" else second
-        found = compare(record, first, second, metric)
+        second = best_denoise_baseline(record, metric) if second == "best" else second
+        found = compare_denoise_scores(record, first, second, metric)
     except (RecordError, ValueError) as error:
         return about | dict(measured=None, why=f"not in the record yet: {error}")
     why = f"{first[0]} against {second[0]} ({second[1]}), {found.n_seeds} x {found.n_fields} fields"
-    why += "".join(tell_ends([fit for fit in record.get("fits", ()) if fit["method"] == way], way) for way in (first[0], second[0]))
+    why += "".join(describe_stopping([fit for fit in record.get("fits", ()) if fit["method"] == way], way) for way in (first[0], second[0]))
     return about | dict(measured=found.mean, ci95=(found.low, found.high), why=why)
 
 
@@ -204,7 +206,7 @@ def figure_claims(noise_errors: np.ndarray | None, guard: Detection | None) -> l
                              at_least=0.0, unit="dB")
         if beside["measured"] is not None:
             low, high = beside["ci95"]
-            measured = " and ".join(sorted({row["way"] for row in real["rows"]} & set(LEARNED)))
+            measured = " and ".join(sorted({row["way"] for row in real["rows"]} & set(DENOISE_LEARNED)))
             beside["why"] += f"; mean {beside['measured']:+.2f} dB [{low:+.2f}, {high:+.2f}]; learned baselines measured: {measured}"
             beside["measured"] = high
         claims.append({key: value for key, value in beside.items() if key != "ci95"})

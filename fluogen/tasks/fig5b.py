@@ -11,9 +11,10 @@ import numpy as np
 
 from ..models.zoo import list_weights
 from ..training.fit import TUNE_CONFIG
-from .bench30 import tell_ends
+from ..experiments.harness import describe_stopping
 from ..metrics.bootstrap import mean_interval
-from .bench_pairs import AT, FEW, METHODS, TUNINGS, curve_of, find_crossing, laboratories_of
+from ..experiments.sample_size import (
+    AT, FEW_PAIRS, SAMPLE_SIZE_METHODS, TUNINGS, curve_of, find_crossing, laboratories_of)
 
 # %% ../../nbs/lib/tasks/76_fig5b.ipynb #74ac253f
 CONVENTIONS = {"normalisation": "light of the truth, background 0, 99.9th percentile 1", "data_range": 1.0, "crop": "none",
@@ -24,15 +25,15 @@ NAMES = {"fluogen": "FluoGen, all weights", "norms": "FluoGen, norms and biases"
          "scratch-long": "the same net from scratch without the minute's limit", "care-long": "CARE without the minute's limit"}
 
 
-def usable_methods(methods=METHODS) -> list[str]:
+def usable_methods(methods=SAMPLE_SIZE_METHODS) -> list[str]:
     "Methods whose base weights are on this machine."
     there = list_weights()
-    return [m for m in methods if METHODS[m].base is None or METHODS[m].base in there]
+    return [m for m in methods if SAMPLE_SIZE_METHODS[m].base is None or SAMPLE_SIZE_METHODS[m].base in there]
 
 
 def curves(record: dict) -> dict[str, dict]:
     "method -> curve, at the numbers of pairs with every laboratory of the record: means over fewer do not compare."
-    found = {method: curve_of(record, method) for method in METHODS if not method.endswith("-long")}
+    found = {method: curve_of(record, method) for method in SAMPLE_SIZE_METHODS if not method.endswith("-long")}
     most = max((len(values) for curve in found.values() for values in curve.values()), default=0)
     whole = {method: {n: values for n, values in curve.items() if len(values) == most} for method, curve in found.items()}
     return {method: curve for method, curve in whole.items() if curve}
@@ -69,17 +70,17 @@ def _ahead(record, first: tuple, second: tuple) -> dict:
     called = [f"{NAMES[method]}, {n} pairs" for method, n in (first, second)]
     why = f"{called[0]}, against {called[1]}; {len(both)} laboratories"
     fits = [fit for fit in record.get("fits", ()) if fit.get("seed") in both]
-    why += "".join(tell_ends([fit for fit in fits if (fit["method"], fit["pairs"]) == side], name)
+    why += "".join(describe_stopping([fit for fit in fits if (fit["method"], fit["pairs"]) == side], name)
                    for side, name in zip((first, second), called))
     return dict(measured=mean, why=why) | (dict(ci95=(low, high)) if np.isfinite(low) else {})
 
 # %% ../../nbs/lib/tasks/76_fig5b.ipynb #8351dd66
 def compare_tunings(record: dict | None) -> tuple[list[int], dict[str, np.ndarray]]:
-    "Laboratories with every measured way of tuning at each of `FEW` pairs, and way -> gain in dB over what ships, (laboratories, numbers)."
+    "Settings with every measured tuning at each of `FEW_PAIRS` pairs, and tuning -> gain in dB over the pretrained model, (settings, counts)."
     of = lambda method, n: laboratories_of(record or {"rows": []}, method, n)
-    ways = [m for m in ("fluogen", *TUNINGS) if all(of(m, n) for n in FEW)]
-    shared = sorted(set(of("untuned", 0)).intersection(*(of(m, n) for m in ways for n in FEW)))
-    return shared, {m: np.array([[of(m, n)[seed] - of("untuned", 0)[seed] for n in FEW] for seed in shared]) for m in ways if shared}
+    ways = [m for m in ("fluogen", *TUNINGS) if all(of(m, n) for n in FEW_PAIRS)]
+    shared = sorted(set(of("untuned", 0)).intersection(*(of(m, n) for m in ways for n in FEW_PAIRS)))
+    return shared, {m: np.array([[of(m, n)[seed] - of("untuned", 0)[seed] for n in FEW_PAIRS] for seed in shared]) for m in ways if shared}
 
 
 def format_tunings(record: dict | None) -> str:
@@ -88,7 +89,8 @@ def format_tunings(record: dict | None) -> str:
     free = {fit["method"]: fit["parameters"] for fit in (record or {}).get("fits", ()) if "parameters" in fit}
     lines = [f"{NAMES[m]:<27}" + "".join(f"{gain:+9.2f}" for gain in values.mean(0)) + f"{free.get(m, 0):>15,}"
              for m, values in gains.items()]
-    head = f"{'dB over what ships, pairs':<27}" + "".join(f"{n:>9}" for n in FEW) + f"{'free to move':>15}   ({len(shared)} laboratories)"
+    head = (f"{'dB over what ships, pairs':<27}" + "".join(f"{n:>9}" for n in FEW_PAIRS)
+            + f"{'free to move':>15}   ({len(shared)} laboratories)")
     return "\n".join([head, *lines]) if len(lines) > 1 else ""
 
 
@@ -108,7 +110,7 @@ def _judge_default(record: dict | None) -> dict:
         return claim | dict(measured=None, why="not in the record yet: fluogen train bench-pairs")
     next_best = max(others, key=lambda way: others[way].mean())
     mean, low, high = mean_interval((gains["fluogen"] - others[next_best]).mean(1))
-    why = f"against {NAMES[next_best]}, mean over {', '.join(map(str, FEW))} pairs; {len(shared)} laboratories"
+    why = f"against {NAMES[next_best]}, mean over {', '.join(map(str, FEW_PAIRS))} pairs; {len(shared)} laboratories"
     return claim | dict(measured=mean, why=why) | (dict(ci95=(low, high)) if np.isfinite(low) else {})
 
 # %% ../../nbs/lib/tasks/76_fig5b.ipynb #bac2c28e
