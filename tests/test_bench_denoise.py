@@ -127,19 +127,19 @@ def test_the_curve_is_read():
 
 
 def test_a_curve_holds_only_what_every_laboratory_was_fitted_at():
-    from fluogen.tasks import fig5b
+    from fluogen.figures import fig5b_how_many as fig5b
     rows = [{"method": m, "seed": s, "pairs": n, "ever": [20.0 + s + n]} for m, n, s in (("fluogen", 2, 0), ("fluogen", 2, 1), ("fluogen", 5, 0), ("norms", 2, 0))]
     assert {m: list(c) for m, c in fig5b.curves({"rows": rows}).items()} == {"fluogen": [2]}
     assert fig5b.best_tuning({"rows": rows}) is None and fig5b.curves({"rows": []}) == {}
 
 
 def test_the_minutes_of_a_tuning_are_those_of_the_slowest_fit():
-    from fluogen.tasks import fig5b
+    from fluogen.figures import fig5b_how_many as fig5b
     fits = [{"method": "fluogen", "pairs": 30, "seconds a step": pace} for pace in (0.1, 0.3)] + [
         {"method": "care", "pairs": 30, "seconds a step": 9.0}, {"method": "fluogen", "pairs": 2, "seconds a step": 9.0}]
-    claim, = (c for c in fig5b.figure_claims({"rows": [], "fits": fits}) if c["id"] == "tuning_minutes")
+    claim, = (c for c in fig5b.fig5b_claims({"rows": [], "fits": fits}) if c["id"] == "tuning_minutes")
     assert abs(claim["measured"] - 0.3 * TUNE_CONFIG.steps / 60) < 1e-9 and "slowest of 2 fits" in claim["why"]
-    assert fig5b.figure_claims(None)[-1]["measured"] is None
+    assert fig5b.fig5b_claims(None)[-1]["measured"] is None
 
 
 def made_up_record(real: bool, rival: float = 27.0) -> dict:
@@ -155,12 +155,12 @@ def made_up_record(real: bool, rival: float = 27.0) -> dict:
 
 def test_claims_of_figure_5_follow_the_records(monkeypatch):
     from fluogen.report.claims import judge
-    from fluogen.tasks import fig5
+    from fluogen.figures import fig5_denoise as fig5
     from fluogen.uncertainty.consistency import Detection
     there = {("bench-denoise", "scores"): made_up_record(False), ("bench-denoise", "fmd"): made_up_record(True, 30.0),
              ("bench-denoise", "w2s"): made_up_record(True, 29.02)}
     monkeypatch.setattr(fig5, "find_record", lambda bench, name="scores": there.get((bench, name)))
-    claims = {c["id"]: judge(**c) for c in fig5.figure_claims(np.array([0.03, 0.04, np.nan]), Detection(0.95, 0.5, 40, 0.02))}
+    claims = {c["id"]: judge(**c) for c in fig5.fig5_claims(np.array([0.03, 0.04, np.nan]), Detection(0.95, 0.5, 40, 0.02))}
     assert claims["gain_psnr"].holds and abs(claims["gain_psnr"].measured - 1) < 0.2 and "care" in claims["gain_psnr"].why
     assert claims["gain_ms_ssim"].holds and claims["prior_worth"].holds and claims["thirty_pairs"].holds is False
     assert claims["fmd_over_input"].holds and claims["fmd_over_input"].measured > 8
@@ -169,5 +169,5 @@ def test_claims_of_figure_5_follow_the_records(monkeypatch):
     assert claims["noise_estimate"].holds and "2 of them" in claims["noise_estimate"].why
     assert claims["guard_added"].holds and claims["guard_removed"].holds is False
     there.clear()
-    nothing = fig5.figure_claims(None, None)
+    nothing = fig5.fig5_claims(None, None)
     assert not [c for c in nothing if c["measured"] is not None] and all("fluogen train" in c["why"] or "measured on" in c["why"] for c in nothing)

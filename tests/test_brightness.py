@@ -9,7 +9,7 @@ from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights
 from fluogen.experiments import brightness as room
 from fluogen.experiments.brightness import PROCESSES, BrightnessError, brightness_batch, compare_brightness, sample_data
-from fluogen.tasks.fig3b import STATISTICS, figure_claims, figure_rows, mean_shift, tell
+from fluogen.figures.fig3b_brightness import STATISTICS, fig3b_claims, fig3b_rows, mean_shift, summarize_fig3b
 from fluogen.simulation.stream import Rounds
 
 DICE = np.random.default_rng(0)
@@ -28,11 +28,11 @@ def test_a_planted_bias_is_measured_with_its_sign():
     assert mean["eps"]["distance"] == pytest.approx(0.2, abs=0.02) and mean["v"]["ratio"] == pytest.approx(0.5, abs=0.1)
     assert mean["v-zero"]["ratio_ci95"][1] < 0.2 and mean["floor"] < 0.02
     assert mean_shift(record)["v"] == pytest.approx(-0.1, abs=0.02)
-    assert "-0.1" in tell(record, compared)
+    assert "-0.1" in summarize_fig3b(record, compared)
     over_v = compare_brightness(record, "mean", "v", n_boot=200)
     assert over_v["v"]["ratio"] == 1 and over_v["v-zero"]["ratio"] < 0.3
-    assert [claim["ci95"][1] <= claim.get("at_most", 1) for claim in figure_claims(compared, 1, over_v)] == [True] * 5
-    assert len(figure_rows(compared, 300)) == 21
+    assert [claim["ci95"][1] <= claim.get("at_most", 1) for claim in fig3b_claims(compared, 1, over_v)] == [True] * 5
+    assert len(fig3b_rows(compared, 300)) == 21
 
 
 def test_no_difference_is_not_claimed():

@@ -189,7 +189,7 @@ def test_the_blur_is_the_width_of_the_point_spread_function(size):
 
 def test_one_image_of_many_structures_shows_its_blur():
     "Without the blur as a chance of its own (each structure a loner in ten features) hardly one in ten is found."
-    from fluogen.tasks.fig9 import draw_drifts
+    from fluogen.figures.fig9_uncertainty import draw_drifts
     calibration = load_calibration_of("nano-sr-direct")
     known, drifts = InputRange(calibration.inputs), draw_drifts(44)
     verdicts = {kind: [known.judge(image) for image in drifts[kind]] for kind in ("as calibrated", "blur x 1.5")}

@@ -10,7 +10,7 @@ from fluogen.experiments.harness import describe_stopping
 from fluogen.core import FluogenError
 from fluogen.io.image import write_image
 from fluogen.report.claims import judge
-from fluogen.tasks import fig4, fig4_claims
+from fluogen.figures import fig4_sr as fig4, fig4_sr as fig4_claims
 from fluogen.experiments import super_resolution as bench30, super_resolution as scoring, super_resolution as thirty
 from fluogen.experiments.records import RecordError, read_record
 
@@ -30,7 +30,7 @@ def write_pairs(folder, rows):
 def test_real_pairs_are_read_and_what_does_not_fit_is_named(tmp_path):
     path = write_pairs(tmp_path, [("F-actin of COS-7", (64, 80), 2), ("ER of COS-7", (64, 64), 4), ("Nuclei of PC-3", (64, 64), 2),
                                   ("Microtubules of COS-7", (70, 64), 2)])
-    fields, notes = fig4.open_fields(path, per_structure=2)
+    fields, notes = fig4.open_fig4_fields(path, per_structure=2)
     assert fields.structures == ["factin", "microtubules"]
     assert fields.target.shape == (2, 1, 128, 128) and fields.condition.shape == (2, 1, 64, 64)
     assert any("not twice the input" in note for note in notes) and any("rows without" in note and "ccps" in note for note in notes)
@@ -40,10 +40,10 @@ def test_real_pairs_are_read_and_what_does_not_fit_is_named(tmp_path):
 
 def test_a_data_set_without_a_usable_pair_is_refused_in_one_line(tmp_path):
     with pytest.raises(FluogenError, match="no pair that figure 4 can use") as caught:
-        fig4.open_fields(write_pairs(tmp_path, [("ER of COS-7", (64, 64), 3)]), 1)
+        fig4.open_fig4_fields(write_pairs(tmp_path, [("ER of COS-7", (64, 64), 3)]), 1)
     assert "\n" not in str(caught.value)
     with pytest.raises(FluogenError):
-        fig4.open_fields("no-such-data-set", 1)
+        fig4.open_fig4_fields("no-such-data-set", 1)
 
 
 def made_up_record():
@@ -66,12 +66,12 @@ def made_up_record():
 def test_claims_follow_the_record():
     record = made_up_record()
     seconds = {"One sample": 0.4, "FluoGen direct": 0.05}
-    claims = {c["id"]: judge(**c) for c in fig4_claims.figure_claims(record, seconds)}
+    claims = {c["id"]: judge(**c) for c in fig4_claims.fig4_claims(record, seconds)}
     assert claims["gain_psnr"].holds and abs(claims["gain_psnr"].measured - 1.0) < 0.1
     assert claims["control_gain"].holds is False and claims["over_bicubic"].holds and claims["every_structure"].holds
     assert claims["direct_speed"].measured == pytest.approx(0.4 / 4 * 10 / 0.05)
     assert claims["few_pairs"].holds is None and "many" in claims["few_pairs"].why     # nobody measured it
-    assert "Did not hold" in fig4_claims.tell(record, list(claims.values()), True)
+    assert "Did not hold" in fig4_claims.describe_fig4(record, list(claims.values()), True)
     assert "4 passes took 0.40 s a field" in claims["few_passes"].why
 
 
@@ -83,8 +83,8 @@ def test_what_learned_nothing_stands_beside_every_draw():
 
 
 def test_nothing_is_claimed_without_a_record():
-    claims = [judge(**c) for c in fig4_claims.figure_claims(None, {}, full=False)]
-    assert len(claims) == len(fig4_claims.CLAIMS) and all(c.holds is None and c.why for c in claims)
+    claims = [judge(**c) for c in fig4_claims.fig4_claims(None, {}, full=False)]
+    assert len(claims) == len(fig4_claims.FIG4_CLAIMS) and all(c.holds is None and c.why for c in claims)
 
 
 def test_the_best_baseline_is_credited_with_its_better_stopping_rule():
@@ -106,10 +106,10 @@ def test_where_less_is_better_the_best_baseline_has_the_least():
 def test_table_and_rows():
     fields = thirty.draw_fields("held-out", 2, size_px=64)
     scores = {"a": [{"psnr": float(i), "ssim": 0.5} for i in range(8)], "b": [{"psnr": 1.0, "ssim": 0.9} for _ in range(8)]}
-    rows = fig4.summarise(scores, fields)
+    rows = fig4.summarize_fig4(scores, fields)
     overall = next(r for r in rows if (r["group"], r["method"], r["metric"]) == ("all", "a", "psnr"))
     assert overall["value"] == 3.5 and overall["n"] == 8 and overall["ci95"][0] < 3.5 < overall["ci95"][1]
-    text = fig4.format_table(rows, {"a": 0.1, "b": 0.2})
+    text = fig4.format_fig4_table(rows, {"a": 0.1, "b": 0.2})
     assert "3.500*" in text and "0.900*" in text
 
 
@@ -191,7 +191,7 @@ def test_a_real_cell_is_in_one_set_only(clean_cells):
 def test_every_kind_of_field_has_every_score(kind):
     fields = thirty.draw_fields(kind, 1, size_px=192)
     rows = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9, fields)
-    assert all(set(row) == set(fig4.METRICS) and all(np.isfinite(list(row.values()))) for row in rows)
+    assert all(set(row) == set(fig4.FIG4_METRICS) and all(np.isfinite(list(row.values()))) for row in rows)
     stretched = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
     assert min(row["psnr"] for row in stretched) > 90
 

@@ -15,9 +15,9 @@ from fluogen.io.image import write_image
 from fluogen.simulation.microscopes import HELD_OUT, TRAIN, list_overlaps
 from fluogen.models.zoo import load_weights
 from fluogen.report.claims import judge
-from fluogen.report.maps import COLUMNS, MapError, draw_interval_figure, map_panels
+from fluogen.figures.fig9_uncertainty import FIG9_COLUMNS, MapError, draw_interval_figure, map_panels
 from fluogen.report.run import PROFILES
-from fluogen.tasks import fig9, fig9_claims
+from fluogen.figures import fig9_uncertainty as fig9, fig9_uncertainty as fig9_claims
 from fluogen.tasks.intervals import field_sets, load_heads
 from fluogen.tasks.restore import RestoreSettings
 from fluogen.uncertainty.calibration import calibrate_stream
@@ -43,7 +43,7 @@ def toys():
 
 
 def test_fields_are_held_out():
-    made = fig9.draw_fields(22, 32)
+    made = fig9.draw_fig9_fields(22, 32)
     assert fig9.name_structures(["er", "factin", "nuclei"]) == ["ER", "F-actin", "Nuclei"]
     assert len(set(made.structures)) == 11 and made.target.shape == (22, 1, 32, 32)
     assert list_overlaps(HELD_OUT, TRAIN) == [] and "na" not in list_overlaps(fig9.BLURRED, HELD_OUT)
@@ -52,7 +52,7 @@ def test_fields_are_held_out():
 
 
 def test_risk_by_signal_to_noise(direct):
-    made = fig9.draw_fields(12, 32)
+    made = fig9.draw_fig9_fields(12, 32)
     ideal = [s.photons / np.sqrt(s.photons + s.background_photons + s.camera.read_noise**2) for s in made.setups]
     dim = make_rng(0, "dim").poisson([[s.photons + s.background_photons for s in made.setups]] * 20_000)
     seen = dim + make_rng(0, "read").standard_normal(dim.shape) * [s.camera.read_noise for s in made.setups]
@@ -71,7 +71,7 @@ def test_risk_by_signal_to_noise(direct):
 def test_ways_and_their_price(direct):
     weights, heads = direct
     control, velocity = control_system()
-    ways = fig9.list_ways(weights, heads, control, velocity)
+    ways = fig9.list_interval_methods(weights, heads, control, velocity)
     calls = {"n": 0}
     for module in (weights.backbone, control.backbone):
         inner = module.features
@@ -105,13 +105,13 @@ def test_splits_keep_the_promise(toys):
 
 
 def test_the_guard_of_the_figure(toys):
-    known = fig9.draw_fields(66, 32, seed=3).counts[:, 0].numpy()
+    known = fig9.draw_fig9_fields(66, 32, seed=3).counts[:, 0].numpy()
     inputs = [describe_image(c) for c in known]
     drifts = fig9.draw_drifts(22, 32)
     assert fig9.turned_away(inputs, drifts["as calibrated"]) <= 0.2
     together = {name: fig9.turned_away_together(inputs, images, 20, 20) for name, images in drifts.items()}
     assert together["as calibrated"] <= 0.1 and together["gain x 2"] == together["optics out of range"] == 1.0
-    left = fig9.leave_structures_out(toys[:66], known, fig9.draw_fields(66, 32, seed=3).structures, 0.3, 0.1)
+    left = fig9.leave_structures_out(toys[:66], known, fig9.draw_fig9_fields(66, 32, seed=3).structures, 0.3, 0.1)
     assert len(left) == 11 and all(share in (0.0, 1.0) for share, _ in left.values())
 
 
@@ -133,10 +133,10 @@ def real_manifest(folder, n, licence="open-CC0", side=150):
 
 
 def test_real_fields_are_one_data_set_and_one_field_a_group(tmp_path):
-    fields = fig9.real_fields(real_manifest(tmp_path, 60), 64)
+    fields = fig9.real_fig9_fields(real_manifest(tmp_path, 60), 64)
     assert len(fields) == 52 == len({f.group for f in fields}) and fields[0].target.shape == (64, 64) and fields[0].counts.shape == (32, 32)
     with pytest.raises(fig9.Fig9Error, match=r"found 0, expected 50 open ones"):
-        fig9.real_fields(real_manifest(tmp_path, 60, licence="unclear"), 64)
+        fig9.real_fig9_fields(real_manifest(tmp_path, 60, licence="unclear"), 64)
 
 
 @pytest.mark.battery
@@ -145,7 +145,7 @@ def test_real_nuclei_by_group():
     "S2: splits by group of real nuclei under a simulated microscope, with the shipped direct weights and heads."
     full = os.environ.get("FLUOGEN_BATTERY") == "full"
     weights = load_weights("nano-sr-direct")
-    fields = fig9.real_fields(str(REAL), 128)
+    fields = fig9.real_fig9_fields(str(REAL), 128)
     fields = fields if full else fields[:60]
     table = fig9.loss_table(field_sets(fields, weights, RestoreSettings(), load_heads(weights), "quantile"))
     for alpha, n in ((0.1, 50 if full else 30), (0.2, 30), (0.2, 50)):                     # alpha 0.2: for tasks with fewer groups
@@ -163,7 +163,7 @@ def test_real_nuclei_by_group():
 def test_panels_and_picture():
     rng, truth = make_rng(0, "picture"), np.linspace(0, 1, 400).reshape(20, 20)
     row = map_panels(truth[::2, ::2], truth - 0.1, truth, truth + 0.1, truth + 0.2 * rng.standard_normal(truth.shape))
-    assert set(row) == set(COLUMNS) and set(np.unique(row["Missed"])) == {-1, 0, 1} and row["Interval width"].max() == pytest.approx(0.2)
+    assert set(row) == set(FIG9_COLUMNS) and set(np.unique(row["Missed"])) == {-1, 0, 1} and row["Interval width"].max() == pytest.approx(0.2)
     interval = SimpleNamespace(mean=0.1, low=0.05, high=0.2)
     diagnosis = SimpleNamespace(alpha=0.1, coverage=LEVELS, strata=[(0, 0.1, 1.0, 0.05)], labels={"er": interval}, miscoverage=None)
     ways, guard = {"a": {"width": None, "passes": 3}}, {"as calibrated": (None, 0.0)}
@@ -186,17 +186,17 @@ def facts(risk=0.08, worst=0.12):
 
 def test_claims_follow_the_numbers():
     promise = SimpleNamespace(alpha=0.1, delta=0.1)
-    held = {c["id"]: judge(**c) for c in fig9_claims.figure_claims(facts(), promise)}
+    held = {c["id"]: judge(**c) for c in fig9_claims.fig9_claims(facts(), promise)}
     assert held["risk"].holds and held["splits"].measured == 1.0 and "1 of 20 refused" in held["splits"].why and held["real_splits"].holds is False
     assert held["structure"].holds is False and "er" in held["structure"].why and held["signal"].holds is False and "5 to 8" in held["signal"].why and held["drift"].holds and held["drift_one"].holds is False
-    assert not judge(**next(c for c in fig9_claims.figure_claims(facts(risk=0.11), promise) if c["id"] == "risk")).holds
+    assert not judge(**next(c for c in fig9_claims.fig9_claims(facts(risk=0.11), promise) if c["id"] == "risk")).holds
     none = facts()
     none["ways"]["three chains (paper)"]["width"] = None
-    assert next(c for c in fig9_claims.figure_claims(none, promise) if c["id"] == "width_paper")["measured"] is None
-    rows = fig9_claims.summarise(none)
+    assert next(c for c in fig9_claims.fig9_claims(none, promise) if c["id"] == "width_paper")["measured"] is None
+    rows = fig9_claims.summarize_fig9(none)
     assert {tuple(row) for row in rows} == {("group", "method", "metric", "value", "ci95", "n")} and all(np.isfinite(row["value"]) for row in rows)
     assert {"signal-to-noise 5 to 8", "signal-to-noise 8 to 12"} <= {row["group"] for row in rows}
-    assert "Did not hold" in fig9_claims.tell(none, list(held.values()), promise) and "Missed more often than that: er" in fig9_claims.tell(none, [], promise)
+    assert "Did not hold" in fig9_claims.describe_fig9(none, list(held.values()), promise) and "Missed more often than that: er" in fig9_claims.describe_fig9(none, [], promise)
 
 
 def test_nothing_certified_is_an_error_not_a_picture():

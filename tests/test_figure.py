@@ -7,7 +7,7 @@ from matplotlib_scalebar.scalebar import ScaleBar
 from PIL import Image
 from scipy import ndimage
 
-from fluogen.report.curves import draw_curves
+from fluogen.figures.fig5b_how_many import draw_curves
 from fluogen.core import FluogenError
 from fluogen.report.plotting import (
     LUT_POINTS, FigureError, check_picture, choose_zoom, display_range, get_lut, image_grid, picture_style,

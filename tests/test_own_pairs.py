@@ -323,7 +323,7 @@ def test_profiles():
 
 
 def test_the_default_way_of_tuning_is_the_best_that_was_measured():
-    from fluogen.tasks import fig5b
+    from fluogen.figures import fig5b_how_many as fig5b
     from fluogen.models.zoo import find_record
     best = fig5b.best_tuning(find_record("bench-pairs"))
     assert {"fluogen": "all"}.get(best, best) == inspect.signature(adapt).parameters["free"].default
