@@ -26,7 +26,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture
 def run(capsys):
     "main([...]) -> (exit code, output stream, lines of the error stream)"
-    from fluogen.cli import main
+    from fluogen.cli.main import main
 
     def call(*arguments):
         try:

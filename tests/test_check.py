@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.ndimage import shift as move
 from scipy.ndimage import zoom
 
-from fluogen.cli import main
+from fluogen.cli.main import main
 from fluogen.core import FluogenError
 from fluogen.datasets.check import ADVICE, check_data
 from fluogen.io.files import ImageReadError

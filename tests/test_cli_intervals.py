@@ -8,7 +8,7 @@ import pytest
 from test_intervals import draw_pair, write_pairs
 from toys import save_interval_toy, save_toy
 
-from fluogen.cli import main
+from fluogen.cli.main import main
 from fluogen.io.image import read_image, write_image
 from fluogen.models.zoo import load_weights
 from fluogen.recipes import interval_heads as heads

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluogen.cli import main
+from fluogen.cli.main import main
 from fluogen.core import FluogenError, hash_array, make_rng
 from fluogen.io.image import read_image, write_image
 from fluogen.preprocessing.noise import NoiseModel

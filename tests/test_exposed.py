@@ -16,7 +16,7 @@ from fluogen.simulation.camera import true_counts
 
 from fluogen.simulation.camera import expose_evenly
 
-from fluogen.cli import main
+from fluogen.cli.main import main
 from fluogen.core import make_rng
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.simulation.camera import EXPOSURES

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluogen.cli import main
+from fluogen.cli.main import main
 from fluogen.core import FluogenError
 from fluogen.io.image import read_image
 from fluogen.models.text_encoder import split_words

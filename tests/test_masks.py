@@ -10,7 +10,7 @@ from fluogen.datasets.pairs import read_mask_pair
 
 from fluogen.datasets.pairs import MASK_NORM
 
-from fluogen.cli import main
+from fluogen.cli.main import main
 from fluogen.core import FluogenError
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.preprocessing.labels import LABEL_NORMS, LabelError, check_labels, find_rims, show_labels

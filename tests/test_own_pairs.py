@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from fluogen.cli import main
+from fluogen.cli.main import main
 from fluogen.core import FluogenError
 from fluogen.io.image import read_image, write_image
 from fluogen.simulation.pairs import simulate_pairs

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from tree import (ROOT, copy_tree, figure_notebooks, library_notebooks, load, modules, name_of, source, tracked,
                   under)
 
-ROOMS = ["core", "io", "preprocessing", "datasets", "simulation", "metrics", "diffusion", "models", "training", "uncertainty", "tasks", "recipes", "report", "experiments", "figures", "options", "say", "cli", "app"]
+ROOMS = ["core", "io", "preprocessing", "datasets", "simulation", "metrics", "diffusion", "models", "training", "uncertainty", "tasks", "recipes", "report", "experiments", "figures", "cli", "app"]
 MOVING = ()   # on their way
 MIB = 2**20
 each_module = pytest.mark.parametrize("path", modules(), ids=name_of)

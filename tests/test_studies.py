@@ -1,7 +1,7 @@
 "The recipes behind figures 3 and 3b: options handed on, small runs that go on where they stopped, records that refuse what they are not."
 import pytest
 
-from fluogen.cli import main
+from fluogen.cli.main import main
 from fluogen.experiments import brightness, generation as grading
 from fluogen.recipes import image_encoder as encoder
 
