@@ -16,7 +16,7 @@ from fluogen.training.fit import fit
 from fluogen.datasets.pairs import read_mask_pair
 from fluogen.metrics.segmentation import measure_following
 from fluogen.training.fit import MASK_CONFIG
-from fluogen.training.learners import MaskFitter
+from fluogen.training.learners import MaskLearner
 from fluogen.datasets.pairs import gather_tiles
 from fluogen.tasks.finetune import split_pairs
 
@@ -46,7 +46,7 @@ def main():
         else:
             training, held = draw_pairs(norm, "train", 192), draw_pairs(norm, "validation", 16)
         for frozen in options.frozen:
-            fitter = MaskFitter(weights, norm, frozen=bool(frozen))
+            fitter = MaskLearner(weights, norm, frozen=bool(frozen))
             before = fitter.judge(fitter.modules, held)
             config = replace(MASK_CONFIG, steps=options.steps, validate_every=options.steps, patience=0)
             fit(fitter, training, held, config, tempfile.mkdtemp(), progress=False)

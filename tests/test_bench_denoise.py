@@ -17,7 +17,7 @@ from fluogen.training.fit import BENCH_CONFIG, TUNE_CONFIG
 from fluogen.experiments.denoising import compare_denoise_scores, denoise_table, score_denoise_fields
 from fluogen.experiments.records import score_row
 from fluogen.recipes.denoising import psnr_light
-from fluogen.preprocessing.anscombe import noisy_light
+from fluogen.preprocessing.anscombe import input_light
 from fluogen.experiments.denoising import (
     judge_by_truth, list_folds, real_noisy_fields, real_pairs, real_rows, simulate_noisy_thirty, split_few)
 
@@ -57,7 +57,7 @@ def test_no_scene_is_on_two_sides(scenes):
 
 def test_eight_bit_pairs_are_scored_on_their_counts(scenes):
     fields, rows = real_noisy_fields(scenes, 1), [r for r in real_rows(scenes) if r["group"] == "scene1"]
-    found = score_denoise_fields(noisy_light(fields.batch.condition)[:, 0].numpy(), fields)
+    found = score_denoise_fields(input_light(fields.batch.condition)[:, 0].numpy(), fields)
     for score, row in zip(found, rows):
         expected = 10 * np.log10(255**2 / np.mean((row["noisy"].astype(float) - row["clean"])**2))
         assert abs(score["psnr"] - expected) < 0.02
@@ -90,7 +90,7 @@ def test_the_recipe_runs_ends_and_is_not_repeated(tmp_path, monkeypatch):
     stamp = (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns
     bench_denoise.run_denoise_benchmark(tmp_path / "out", tmp_path / "work", **options)
     assert (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns == stamp
-    shipped = bench_denoise.open_denoiser(str(tmp_path / "out" / "bench-denoise-noise2void"))
+    shipped = bench_denoise.load_denoise_learner(str(tmp_path / "out" / "bench-denoise-noise2void"))
     fields = small()["9 photons"]
     again = [s["psnr"] for s in score_denoise_fields(bench_denoise.restore_denoise_fields(shipped, fields), fields)]
     kept = next(r for r in record["rows"] if r["way"] == "noise2void")["scores"]["psnr"]

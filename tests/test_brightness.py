@@ -10,7 +10,7 @@ from fluogen.models.zoo import load_weights
 from fluogen.experiments import brightness as room
 from fluogen.experiments.brightness import PROCESSES, BrightnessError, brightness_batch, compare_brightness, sample_data
 from fluogen.figures.fig3b_brightness import STATISTICS, fig3b_claims, fig3b_rows, mean_shift, summarize_fig3b
-from fluogen.simulation.stream import Rounds
+from fluogen.simulation.stream import SceneStream
 
 DICE = np.random.default_rng(0)
 
@@ -46,14 +46,14 @@ def test_a_missing_process_is_named():
 
 
 def test_all_three_see_the_same_batches():
-    few = lambda: Rounds(simulate_targets, 1, n=16)
+    few = lambda: SceneStream(simulate_targets, 1, n=16)
     one, two = (brightness_batch(2, 1, 4, few()) for _ in range(2))
     assert torch.equal(one["target"], two["target"]) and one["prompts"] == two["prompts"] and one["target"].shape == (4, 1, 64, 64)
     assert not np.array_equal(sample_data(1), sample_data(1, split="test"))
 
 
 def test_a_small_run_ships_three_networks_and_adds_seeds(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: Rounds(simulate, seed, n=16, steps=steps))
+    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
     monkeypatch.setattr(room, "SAMPLING", room.SAMPLING | {"steps": 2})
     out = lambda *seeds: room.run_brightness(tmp_path / "out", tmp_path / "work", seeds, per_prompt=1, steps=1, crops=2)
     record = json.loads((out(0) / "scores.json").read_text())

@@ -10,9 +10,9 @@ from fluogen.cli.main import main
 from fluogen.core import FluogenError, hash_array, make_rng
 from fluogen.io.image import read_image, write_image
 from fluogen.preprocessing.noise import NoiseModel
-from fluogen.simulation.camera import EXPOSURES, TEST_EXPOSURES, expose, expose_anyhow
+from fluogen.simulation.camera import EXPOSURES, TEST_EXPOSURES, expose, expose_training_levels
 from fluogen.simulation.pairs import simulate_clean
-from fluogen.preprocessing.anscombe import hold_light, lighten, noisy_light, show_noisy
+from fluogen.preprocessing.anscombe import anscombe_input, anscombe_inverse, input_light, keep_low_frequencies
 from fluogen.models.unet import Backbone
 from fluogen.models.controlnet import ControlBranch, ControlConfig
 from fluogen.diffusion.direct import DirectConfig, direct_loss, match_time, restore_direct
@@ -24,13 +24,13 @@ from fluogen.training import fit as finetune
 from fluogen.recipes import denoising as denoise
 from fluogen.training.fit import TUNE_CONFIG
 from fluogen.experiments.baselines import hide_pixels
-from fluogen.training.learners import ControlFitter
+from fluogen.training.learners import ControlLearner
 from fluogen.datasets.pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.datasets.pairs import read_pairs
 from fluogen.tasks.finetune import adapt
 from fluogen.tasks.restore import restore_image, restore_unit
 from fluogen.tasks.restore import RestoreError, RestoreSettings
-from fluogen.simulation.stream import Rounds
+from fluogen.simulation.stream import SceneStream
 from toys import PROMPTS, TINY, shake
 
 SHORT = replace(TUNE_CONFIG, steps=4, batch=2, crop_px=32, validate_every=2, precision="fp32")
@@ -74,26 +74,26 @@ def test_light_comes_back_from_stable_values_without_bias():
     rng, noise = np.random.default_rng(0), NoiseModel(2.0, 2.0**2 - 200.0, (100, 900))
     truth = np.broadcast_to(np.linspace(105, 900, 96), (96, 96))
     frames = 100 + 2 * (rng.poisson((truth - 100) / 2, (60, 96, 96)) + rng.standard_normal((60, 96, 96)))
-    planes, levels = show_noisy(frames[0], noise)
+    planes, levels = anscombe_input(frames[0], noise)
     ends = [2 / noise.gain * np.sqrt(noise.gain * v + 0.375 * noise.gain**2 + noise.intercept) for v in (levels.dark, levels.white)]
     assert abs(ends[1] - ends[0] - 1 / levels.sigma) < 1e-6 and abs(ends[0] * levels.sigma - levels.bend) < 1e-6
-    stable = np.mean([show_noisy(f, noise)[1].to_counts(0) * 0 + (2 / noise.gain * np.sqrt(np.maximum(
+    stable = np.mean([anscombe_input(f, noise)[1].to_counts(0) * 0 + (2 / noise.gain * np.sqrt(np.maximum(
         noise.gain * f + 0.375 * noise.gain**2 + noise.intercept, 0)) - ends[0]) * levels.sigma for f in frames], axis=0)
-    back = levels.to_counts(lighten(stable, levels.sigma, levels.bend))
+    back = levels.to_counts(anscombe_inverse(stable, levels.sigma, levels.bend))
     assert abs((back - truth)[:, 8:].mean()) < 1.0
 
 
 def test_a_camera_without_photon_noise_is_a_straight_line():
     noise = NoiseModel(0.0, 25.0, (0, 100), 25.0)
     image = np.random.default_rng(1).normal(np.linspace(0, 400, 64), 5, (64, 64))
-    planes, levels = show_noisy(image, noise)
-    np.testing.assert_allclose(levels.to_counts(lighten(planes[0].astype(float), 0, levels.bend)), image, atol=0.1)
+    planes, levels = anscombe_input(image, noise)
+    np.testing.assert_allclose(levels.to_counts(anscombe_inverse(planes[0].astype(float), 0, levels.bend)), image, atol=0.1)
 
 
 def test_exposures_of_the_test_lie_in_the_gaps():
     assert all(not low <= photons <= high for photons in TEST_EXPOSURES for low, high in EXPOSURES)
-    seen = expose_anyhow(simulate_clean("cocci", 4, 32), make_rng(0, "x"))
-    assert seen.condition.shape == (4, 3, 32, 32) and torch.equal(seen.condition, expose_anyhow(simulate_clean("cocci", 4, 32), make_rng(0, "x")).condition)
+    seen = expose_training_levels(simulate_clean("cocci", 4, 32), make_rng(0, "x"))
+    assert seen.condition.shape == (4, 3, 32, 32) and torch.equal(seen.condition, expose_training_levels(simulate_clean("cocci", 4, 32), make_rng(0, "x")).condition)
     with pytest.raises(FluogenError, match="no such exposure"):
         expose(simulate_clean("cocci", 1, 32), -1, make_rng(0))
 
@@ -119,7 +119,7 @@ def test_super_resolution_is_what_it_was():
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    rounds = lambda: Rounds(simulate_clean, 0, n=6)
+    rounds = lambda: SceneStream(simulate_clean, 0, n=6)
     one, same, other = (denoise.denoise_batch(step, 0, 4, rounds()) for step in (3, 3, 4))
     assert torch.equal(one["condition"], same["condition"]) and not torch.equal(one["condition"], other["condition"])
     assert one["condition"].shape == (4, 3, 64, 64) and one["target"].shape == (4, 1, 64, 64)
@@ -128,7 +128,7 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_the_recipe_stops_and_goes_on(tmp_path, monkeypatch):
     save_denoiser(tmp_path / "base")
     monkeypatch.setattr(denoise, "score_denoise", lambda fitter, modules, **options: {"PSNR (dB), 5 photons": 1.0})
-    monkeypatch.setattr(denoise, "Rounds", lambda simulate, seed, n, device: Rounds(simulate, seed, n=4, device=device))
+    monkeypatch.setattr(denoise, "Rounds", lambda simulate, seed, n, device: SceneStream(simulate, seed, n=4, device=device))
     options = dict(base=str(tmp_path / "base"), steps=2, crops=2, device="cpu")
     made = denoise.train_denoise(tmp_path / "nano-denoise", tmp_path / "work", **options)
     weights = load_weights(str(made))
@@ -141,7 +141,7 @@ def test_the_recipe_stops_and_goes_on(tmp_path, monkeypatch):
 def test_the_recipe_of_samples_keeps_all_but_the_reading(tmp_path, monkeypatch):
     save_sampler(tmp_path / "sr", channels=1)
     monkeypatch.setattr(denoise, "score_denoise", lambda fitter, modules, **options: {"PSNR (dB), 5 photons": 1.0})
-    monkeypatch.setattr(denoise, "Rounds", lambda simulate, seed, n, device: Rounds(simulate, seed, n=4, device=device))
+    monkeypatch.setattr(denoise, "Rounds", lambda simulate, seed, n, device: SceneStream(simulate, seed, n=4, device=device))
     fitter, given = denoise.add_branch(load_weights(str(tmp_path / "sr"))), load_weights(str(tmp_path / "sr"))
     assert torch.equal(fitter.modules["control"].zero_mid.weight, given.control.zero_mid.weight) and fitter.top is None
     assert fitter.modules["control"].config.condition_channels == 3 and not fitter.modules["control"].condition.last.weight.any()
@@ -157,7 +157,7 @@ def test_light_of_a_sample_has_no_upper_end(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "hold_light", lambda drawn, shown: drawn)
     condition, highest = torch.rand(1, 3, 32, 32), {}
     for light in (True, False):
-        fitter = ControlFitter(load_weights(str(tmp_path / "toy")), light=light)
+        fitter = ControlLearner(load_weights(str(tmp_path / "toy")), light=light)
         list(fitter.modules["backbone"].parameters())[-1].data.fill_(-3)                        # of the last layer: far above white
         highest[light] = float(fitter.restore(fitter.modules, condition, [""], passes=2).max())
     assert highest[True] > 1 and highest[False] == 1
@@ -166,8 +166,8 @@ def test_light_of_a_sample_has_no_upper_end(tmp_path, monkeypatch):
 def test_a_sample_is_as_bright_as_the_recording_whatever_was_drawn(tmp_path):
     save_sampler(tmp_path / "toy", seed=5)
     weights, fields = load_weights(str(tmp_path / "toy")), expose(simulate_clean("nuclei", 2, 96), 200, make_rng(0, "bright"))
-    settings, fitter = RestoreSettings(samples=1, passes=2), ControlFitter(weights, light=True, passes=2)
-    recorded = noisy_light(fields.condition)
+    settings, fitter = RestoreSettings(samples=1, passes=2), ControlLearner(weights, light=True, passes=2)
+    recorded = input_light(fields.condition)
     fitted = fitter.restore(weights.modules, fields.condition, ["", ""])
     for i in range(2):
         found = restore_unit(fields.condition[i], weights, settings, hash_array(fields.condition[i].numpy()))
@@ -183,7 +183,7 @@ def test_light_is_held_only_as_finely_as_the_recording_tells_it():
     left = []
     for sigma in (0.02, 0.15, 0.8):
         shown = torch.cat([truth, torch.full_like(truth, sigma), torch.full_like(truth, 1e4)], 1)          # a straight line: light is shown
-        held = hold_light(truth + 0.2 + fine, shown)
+        held = keep_low_frequencies(truth + 0.2 + fine, shown)
         assert abs(held.mean() - truth.mean()) < 1e-3
         left.append(float((held - truth).std()))
     assert left[0] < left[1] < left[2] and left[0] < 0.05 and left[2] > 0.095
@@ -198,7 +198,7 @@ def test_noisy_images_are_restored_by_samples(tmp_path):
     with pytest.raises(RestoreError, match="not a mean"):
         restore_image(image, weights)
     made = adapt(manifest, "mine", base=str(tmp_path / "toy"), samples=True, task="denoise", work=tmp_path / "work", out=tmp_path, config=SHORT,
-                 device="cpu", say=lambda line: None, progress=False)
+                 device="cpu", log=lambda line: None, progress=False)
     assert np.isfinite(made.after) and "control" in load_weights(str(tmp_path / "mine")).modules
     assert main(["restore", str(tmp_path / "noisy0.tif"), str(tmp_path / "out.tif"), "--model", str(tmp_path / "mine"), "--samples", "1",
                  "--passes", "1"]) == 0
@@ -226,7 +226,7 @@ def test_a_denoiser_is_tuned_on_pairs_of_two_scales(tmp_path):
     save_denoiser(tmp_path / "toy")
     manifest, said = noisy_files(tmp_path), []
     made = adapt(manifest, "mine", base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, config=SHORT, device="cpu",
-                 say=said.append, task="denoise")
+                 log=said.append, task="denoise")
     assert load_weights(str(tmp_path / "mine")).direct.matched and made.n_train == 4 and made.n_held == 1
     with pytest.raises(FluogenError, match="weights of another task"):
         adapt(manifest, "mine", base=str(tmp_path / "toy"), out=tmp_path, work=tmp_path / "w2", task="sr")
@@ -282,7 +282,7 @@ def test_the_camera_is_known():
 def test_tuning_with_fewer_free_weights_leaves_plain_weights(tmp_path, free):
     save_denoiser(tmp_path / "toy")
     adapt(noisy_files(tmp_path, 4), "mine", base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, task="denoise",
-          config=replace(SHORT, lr=1e-2, blend=1.0), device="cpu", say=lambda line: None, free=free)
+          config=replace(SHORT, lr=1e-2, blend=1.0), device="cpu", log=lambda line: None, free=free)
     before, after = (load_weights(str(tmp_path / name)).modules["backbone"].state_dict() for name in ("toy", "mine"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     kernels = {name for name in moved if before[name].ndim > 1}
@@ -292,4 +292,4 @@ def test_tuning_with_fewer_free_weights_leaves_plain_weights(tmp_path, free):
 def test_an_unknown_way_of_tuning_is_one_line(tmp_path):
     save_denoiser(tmp_path / "toy")
     with pytest.raises(FluogenError, match="no such way of tuning .found half, expected all, norms, low-rank, anchored"):
-        adapt(noisy_files(tmp_path, 2), "mine", base=str(tmp_path / "toy"), out=tmp_path, task="denoise", free="half", say=lambda line: None)
+        adapt(noisy_files(tmp_path, 2), "mine", base=str(tmp_path / "toy"), out=tmp_path, task="denoise", free="half", log=lambda line: None)

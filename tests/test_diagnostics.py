@@ -11,7 +11,7 @@ from fluogen.uncertainty.calibration import calibrate_stream
 from fluogen.uncertainty.calibration import LEVELS, load_calibration, save_calibration
 from fluogen.uncertainty.diagnostics import diagnose, pair_table, rank_correlation
 from fluogen.uncertainty.calibration import EDGES, CalibrationError, bin_values
-from fluogen.uncertainty.ood import FEATURES, InputRange, describe_image, judge_input, watch
+from fluogen.uncertainty.ood import FEATURES, InputRange, describe_image, is_in_distribution, watch
 
 SYSTEM = dict(weights="nano-sr@0123", sampler="ddim", steps=10, normalisation="percentile:0.1,99.9", task="sr")
 
@@ -225,10 +225,10 @@ def test_the_range_travels_with_the_certificate(calibration, tmp_path):
     watched = watch(calibration, (measure(k) for k in range(100))).bind(**SYSTEM)
     save_calibration(watched, tmp_path / "c.json")
     again = load_calibration(tmp_path / "c.json", **SYSTEM)
-    assert again == watched and judge_input(again, measure(5000)) == judge_input(watched, measure(5000))
-    assert not judge_input(again, measure(5000, gain=3)).inside
+    assert again == watched and is_in_distribution(again, measure(5000)) == is_in_distribution(watched, measure(5000))
+    assert not is_in_distribution(again, measure(5000, gain=3)).inside
     with pytest.raises(CalibrationError, match="watch"):
-        judge_input(calibration, measure(0))
+        is_in_distribution(calibration, measure(0))
     with pytest.raises(CalibrationError, match="missing"):
         watch(calibration, [measure(0)])
 

@@ -10,7 +10,7 @@ from fluogen.metrics.generation import frechet_distance, kernel_distance
 from fluogen.recipes import image_encoder as room
 from fluogen.models.image_encoder import EncoderError, ImageEncoder, embed, load_encoder, measure_statistics
 from fluogen.recipes.image_encoder import blur_picture, encoder_batch
-from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
+from fluogen.simulation.stream import PAPER_PROMPTS, SceneStream
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_features_are_standardised(shipped, scenes):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    few = lambda: Rounds(simulate_targets, 5, n=16)
+    few = lambda: SceneStream(simulate_targets, 5, n=16)
     one, two, other = (encoder_batch(step, 5, 6, few()) for step in (3, 3, 4))
     assert all(torch.equal(one[key], two[key]) for key in one) and not torch.equal(one["images"], other["images"])
     assert 0 <= one["images"].min() and one["images"].max() <= 1
@@ -65,7 +65,7 @@ def test_statistics_do_not_care_about_size_or_symmetry(scenes):
 
 
 def test_a_small_training_is_packed_and_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: Rounds(simulate, seed, n=16, steps=steps))
+    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
     monkeypatch.setattr(room, "simulate_targets", lambda prompts, n, *rest, **more: simulate_targets(prompts, min(n, 16), *rest, **more))
     folder = room.train_encoder(tmp_path / "small", tmp_path / "work", steps=2, crops=4)
     first = load_encoder(str(folder))
@@ -77,7 +77,7 @@ def test_a_small_training_is_packed_and_goes_on(monkeypatch, tmp_path):
 
 
 def test_one_command_makes_both_legs_and_goes_on_after_the_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: Rounds(simulate, seed, n=16, steps=steps))
+    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
     monkeypatch.setattr(room, "simulate_targets", lambda prompts, n, *rest, **more: simulate_targets(prompts, min(n, 16), *rest, **more))
     monkeypatch.setattr(room, "LEGS", (2, 1))
     run = lambda minutes: room.train_encoder(tmp_path / "out" / "two", tmp_path / "work", minutes, crops=4)

@@ -14,7 +14,7 @@ from fluogen.simulation.camera import PHOTONS
 
 from fluogen.simulation.camera import true_counts
 
-from fluogen.simulation.camera import expose_evenly
+from fluogen.simulation.camera import expose_log_uniform
 
 from fluogen.cli.main import main
 from fluogen.core import make_rng
@@ -31,7 +31,7 @@ from fluogen.tasks.intervals import calibrate_source, load_interval_restorer, re
 from fluogen.tasks.intervals import as_shown, calibrate_fields, field_sets, load_heads, measured_unit, restore_sets
 from fluogen.datasets.pairs import NoisyPairError
 from fluogen.tasks.restore import restore_unit
-from fluogen.simulation.stream import Rounds
+from fluogen.simulation.stream import SceneStream
 from fluogen.tasks.restore import RestoreSettings
 from fluogen.uncertainty.calibration import save_calibration
 from fluogen.uncertainty.calibration import CalibrationError
@@ -70,7 +70,7 @@ def calibration(toy):
 
 def test_every_exposure_and_the_same_scale():
     clean = simulate_clean("nuclei", 30, 64, seed=2)
-    seen = expose_evenly(clean, make_rng(0, "x"))
+    seen = expose_log_uniform(clean, make_rng(0, "x"))
     photons = np.array([setup.photons for setup in seen.setups])
     low, high = PHOTONS
     assert photons.min() < 3 * low and photons.max() > high / 3 and ((photons >= low) & (photons <= high)).all()
@@ -80,7 +80,7 @@ def test_every_exposure_and_the_same_scale():
     fields = exposed.exposed_fields(clean, make_rng(0, "x"))
     assert np.array_equal(fields[0].counts, seen.counts[0, 0].numpy()) and np.allclose(fields[0].target, truth[0])
     assert len({f.group for f in fields}) == len(fields)
-    assert {round(s.photons) for s in expose_evenly(clean, make_rng(0, "x"), 20).setups} == {20}
+    assert {round(s.photons) for s in expose_log_uniform(clean, make_rng(0, "x"), 20).setups} == {20}
 
 
 def test_an_image_whose_noise_is_unknown_is_left_out(monkeypatch):
@@ -96,7 +96,7 @@ def test_an_image_whose_noise_is_unknown_is_left_out(monkeypatch):
 
 
 def test_batches_are_of_training_exposures_and_repeat():
-    rounds = Rounds(simulate_clean, 0, n=8)
+    rounds = SceneStream(simulate_clean, 0, n=8)
     batch, again = (exposed.exposed_batch(3, 1, 5, rounds) for _ in range(2))
     assert torch.equal(batch["condition"], again["condition"]) and batch["target"].shape == (5, 1, 128, 128) and len(batch["prompts"]) == 5
     assert not torch.equal(batch["condition"], exposed.exposed_batch(4, 1, 5, rounds)["condition"])
@@ -141,8 +141,8 @@ def test_the_restored_plane_is_that_without_intervals_and_light_has_no_end(toy):
 
 def test_only_heads_learn_and_the_loss_counts_in_noise(toy):
     _, weights, _ = toy
-    fitter = heads.HeadsFitter(weights)
-    batch = exposed.exposed_batch(0, 0, 2, Rounds(simulate_clean, 0, n=4))
+    fitter = heads.HeadsLearner(weights)
+    batch = exposed.exposed_batch(0, 0, 2, SceneStream(simulate_clean, 0, n=4))
     fitter.loss(fitter.modules, batch, torch.Generator().manual_seed(0)).backward()
     assert fitter.noisy and all(p.grad is not None for p in fitter.modules.parameters())
     assert all(p.grad is None for net in weights.modules.values() for p in net.parameters())
@@ -218,7 +218,7 @@ def test_from_the_shell(toy, tmp_path, capsys):
 
 def test_the_recipe_makes_heads_and_calibrations(toy, tmp_path):
     folder, weights, said = shutil.copytree(toy[0], tmp_path / "toy"), toy[1], []
-    made, = heads.train_heads(tmp_path, tmp_path / "work", (str(folder),), steps=2, batch=2, scenes=4, fields=26, device="cpu", say=said.append)
+    made, = heads.train_heads(tmp_path, tmp_path / "work", (str(folder),), steps=2, batch=2, scenes=4, fields=26, device="cpu", log=said.append)
     assert sorted(p.name for p in made.glob("calibration*"))[-1] == "calibration.json" and len(list(made.glob("calibration*"))) == 2
     card = (made / "card.md").read_text()
     assert card.count("share of pixels missed, test scenes") == 4 and "2 to 1500 photons, noise estimated from each" in card and load_weights(str(made)).config["base"]["sha256"] == weights.config["sha256"]
@@ -228,7 +228,7 @@ def test_a_branch_on_noisy_images_gets_heads_and_needs_none_for_its_spread(tmp_p
     save_sampler(tmp_path / "toy")
     monkeypatch.setattr(heads, "CHAIN", RestoreSettings(samples=2, passes=1))
     made, = heads.train_heads(tmp_path, tmp_path / "work", (str(tmp_path / "toy"),), steps=1, batch=2, scenes=4, fields=24, device="cpu",
-                              say=lambda line: None)
+                              log=lambda line: None)
     card, weights = (made / "card.md").read_text(), load_weights(str(tmp_path / "toy"))
     assert card.count("share of pixels missed, test scenes") == 4 and "velocity" in card
     system = load_interval_restorer(weights, heads.settings_of(weights), model=str(tmp_path / "toy"))

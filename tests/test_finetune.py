@@ -14,8 +14,8 @@ from fluogen.training.trainer import load_state as load_trained
 from fluogen.datasets.pairs import FinetuneError, Pairs
 from fluogen.training.augment import draw_crops
 from fluogen.training.fit import FitConfig, fit, validation_psnr
-from fluogen.training.learners import ControlFitter, DirectFitter, NetworkFitter, drop_some
-from fluogen.simulation.stream import Rounds, draw_rows
+from fluogen.training.learners import ControlLearner, DirectLearner, NetworkLearner, drop_some
+from fluogen.simulation.stream import SceneStream, draw_rows
 from fluogen.training.augment import dihedral
 
 QUICK = FitConfig(steps=6, batch=2, crop_px=16, validate_every=2, warmup=1, precision="fp32", lr=1e-3)
@@ -31,16 +31,16 @@ def make_pairs(n=6, size=24, seed=0, channels=1, first=0):
 def control_fitter(**options):
     weights = make_weights("direct")
     config = ControlConfig.from_backbone(weights.backbone.config, widths=(8,))
-    return ControlFitter(weights, config=config, passes=2, **options)
+    return ControlLearner(weights, config=config, passes=2, **options)
 
 
 def plain_fitter():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(1, 1, 3, padding=1))
-    return NetworkFitter("plain", network, F.mse_loss)
+    return NetworkLearner("plain", network, F.mse_loss)
 
 
-FITTERS = {"direct": lambda: DirectFitter(make_weights("direct")), "control": control_fitter,
+FITTERS = {"direct": lambda: DirectLearner(make_weights("direct")), "control": control_fitter,
            "control-frozen": lambda: control_fitter(frozen=True), "plain": plain_fitter}
 
 
@@ -141,12 +141,12 @@ def test_rounds_are_a_function_of_the_step():
         made.append(seed)
         return Part(names, n, seed)
 
-    rounds = Rounds(simulate, seed=1, n=8, steps=10)
+    rounds = SceneStream(simulate, seed=1, n=8, steps=10)
     first = rounds.at(3)[0].target
     assert torch.equal(first, rounds.at(9)[0].target) and len(made) == 2        # kept within a round
     second = rounds.at(10)[0].target
     assert not torch.equal(first, second)
-    later = Rounds(simulate, seed=1, n=8, steps=10)
+    later = SceneStream(simulate, seed=1, n=8, steps=10)
     assert torch.equal(later.at(15)[0].target, second)                          # resumed in the second round
     target, condition, prompts = draw_rows(np.random.default_rng(0), rounds.at(0), 6)
     assert target.shape == (6, 1, 2, 2) and condition is None
@@ -162,8 +162,8 @@ def test_dropped_prompts():
 
 def test_adaptations_for_users_learn_the_empty_prompt():
     batch = draw_crops(make_pairs(), 0, 0, 4, 16)
-    for fitter in (DirectFitter(make_weights(), prompt_dropout=1.0), control_fitter(prompt_dropout=1.0)):
-        if isinstance(fitter, ControlFitter):  # a new branch hides nothing, but starts at zero
+    for fitter in (DirectLearner(make_weights(), prompt_dropout=1.0), control_fitter(prompt_dropout=1.0)):
+        if isinstance(fitter, ControlLearner):  # a new branch hides nothing, but starts at zero
             fitter.modules["backbone"].requires_grad_(True)
         fitter.loss(fitter.modules, batch, torch.Generator().manual_seed(0)).backward()
         moved = fitter.modules["prompts"].table.weight.grad.abs().sum(1)
@@ -187,7 +187,7 @@ def test_the_weights_that_were_given_are_not_touched(tmp_path):
     weights = make_weights("direct")
     before = copy.deepcopy(weights.backbone.state_dict())
     light = ControlConfig.from_backbone(weights.backbone.config)
-    for fitter in (DirectFitter(weights), ControlFitter(weights, config=light)):
+    for fitter in (DirectLearner(weights), ControlLearner(weights, config=light)):
         fit(fitter, make_pairs(), make_pairs(2, first=6), QUICK, tmp_path / fitter.name)
     assert all(torch.equal(v, before[k]) for k, v in weights.backbone.state_dict().items())
 

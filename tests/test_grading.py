@@ -13,8 +13,8 @@ from fluogen.figures.fig3_synthesis import fig3_claims, fig3_rows, format_grades
 from fluogen.tasks.generate import GenerateError
 from fluogen.experiments.generation import (
     IMAGES_A_BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes)
-from fluogen.recipes.prior import DEALS, Deal, dealt
-from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
+from fluogen.recipes.prior import SCENE_MIXES, SceneMix, stream_state
+from fluogen.simulation.stream import PAPER_PROMPTS, SceneStream
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt")         # the toy knows three prompts
@@ -58,11 +58,11 @@ def test_planted_copies_are_found_among_honest_pictures(scenes):
 
 def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "training_scenes", lambda weights, most: shrink_pictures(held_out_scenes(2, 9)[0]))
-    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: Rounds(simulate, seed, n=32, groups=groups))
-    monkeypatch.setattr(grading, "scenes_seen", lambda weights: [dealt(Deal(), 0, 20)])
+    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: SceneStream(simulate, seed, n=32, groups=groups))
+    monkeypatch.setattr(grading, "scenes_seen", lambda weights: [stream_state(SceneMix(), 0, 20)])
     monkeypatch.setattr(grading, "IMAGES_A_BLOCK", 1)
     monkeypatch.setattr(grading, "SHARE", {"guidance 2": 2})
-    said, run = [], lambda: grading.grade_prior(tmp_path, tmp_path / "work", toy, 4, say=said.append, size_px=64, precision="fp32")
+    said, run = [], lambda: grading.grade_prior(tmp_path, tmp_path / "work", toy, 4, log=said.append, size_px=64, precision="fp32")
     record = json.loads((run() / "scores.json").read_text())
     assert (record["copies"]["planted"], record["copies"]["planted_found"]) == (32, 0)        # of all kinds; searched among other scenes
     assert len(said) == 4 + 4 + 4 + 2 and record["grades"]["ten passes"]["n"] == 64 and record["grades"]["guidance 2"]["n"] == 32
@@ -81,8 +81,8 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
 
 
 def test_copies_are_looked_for_in_the_scenes_of_every_training(monkeypatch):
-    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: Rounds(simulate, seed, n=12, groups=groups))
-    some = [dealt(Deal(), 0, 1501), dealt(DEALS["nano-generate"], 1, 20)]
+    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: SceneStream(simulate, seed, n=12, groups=groups))
+    some = [stream_state(SceneMix(), 0, 1501), stream_state(SCENE_MIXES["nano-generate"], 1, 20)]
     weights = SimpleNamespace(config={"seen": some})
     scenes = grading.training_scenes(weights)
     assert len(scenes) == 3 * 12 and len(grading.training_scenes(weights, 1)) == 12

@@ -172,7 +172,7 @@ def test_own_pairs_count_by_group(toy, tmp_path):
         calibrate_source(path, weights, heads=own)
     write_image(tmp_path / "hr3.tif", np.zeros((8, 8), np.uint16))                 # one bad pair is left out by name
     said = []
-    found = calibrate_source(path, weights, alpha=0.3, heads=own, say=said.append)
+    found = calibrate_source(path, weights, alpha=0.3, heads=own, log=said.append)
     assert found.n == 12 and len(found.images) == 23 and len(said) == 1 and "hr3.tif" in said[0]
     assert len(list(read_fields(path, weights, said.append))) == 23
 
@@ -254,7 +254,7 @@ def test_the_recipe_trains_only_heads_resumes_and_writes_calibrations(tmp_path):
     before, said, ids = (folder / "weights.safetensors").read_bytes(), [], []
     for seed in (1, 2):
         torch.manual_seed(seed)                                                   # the recipe has its own seed
-        made, = heads.train_heads(tmp_path, tmp_path / "work", (str(folder),), steps=2, batch=2, scenes=4, fields=24, device="cpu", say=said.append)
+        made, = heads.train_heads(tmp_path, tmp_path / "work", (str(folder),), steps=2, batch=2, scenes=4, fields=24, device="cpu", log=said.append)
         ids.append(load_weights(str(made)).id)
     assert ids[0] == ids[1] and (folder / "weights.safetensors").read_bytes() == before
     files = sorted(p.name for p in made.glob("calibration*"))
@@ -270,7 +270,7 @@ def test_the_recipe_trains_only_heads_resumes_and_writes_calibrations(tmp_path):
 
 def test_a_control_branch_gets_velocity_heads():
     weights, _ = control_system()
-    fitter = heads.HeadsFitter(weights, prompt_dropout=1.0)
+    fitter = heads.HeadsLearner(weights, prompt_dropout=1.0)
     batch = {"target": torch.rand(2, 1, 16, 16), "condition": torch.rand(2, 1, 8, 8), "prompts": ["", ""]}
     loss = fitter.loss(fitter.modules, batch, torch.Generator().manual_seed(0))
     loss.backward()
@@ -282,5 +282,5 @@ def test_no_certifiable_family_is_an_error(toy):
     _, weights, own, *_ = toy
     shuffled = [Field(f.counts, draw_fields(1, 900 + i)[0].target, f.group) for i, f in enumerate(draw_fields(24))]
     with pytest.raises(CalibrationError, match="no family can be certified"):
-        heads.calibrate_families(weights, own, shuffled, alpha=0.1, say=lambda line: None)
+        heads.calibrate_families(weights, own, shuffled, alpha=0.1, log=lambda line: None)
     assert certified.HEADED == intervals.HEADED

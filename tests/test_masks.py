@@ -21,7 +21,7 @@ from fluogen.datasets.pairs import Pairs
 from fluogen.training.fit import judge_fit
 from fluogen.metrics.segmentation import measure_following, overlap
 from fluogen.training.fit import MASK_CONFIG
-from fluogen.training.learners import MaskFitter
+from fluogen.training.learners import MaskLearner
 from fluogen.tasks.finetune import adapt_masks, find_mask_alarm
 from fluogen.datasets.pairs import OwnPairsError
 from fluogen.tasks.restore import restore_image
@@ -59,7 +59,7 @@ def drawer(tmp_path_factory):
     "Manifest, result and folder of a toy that was taught to draw."
     folder, said = tmp_path_factory.mktemp("masks"), []
     prior, manifest = save_prior(folder / "prior"), write_manifest(folder)
-    made = adapt_masks(manifest, "drawer", base=str(prior), work=folder / "work", out=folder, config=SHORT, device="cpu", say=said.append,
+    made = adapt_masks(manifest, "drawer", base=str(prior), work=folder / "work", out=folder, config=SHORT, device="cpu", log=said.append,
                        progress=False)
     assert any("set aside" in line for line in said)
     return folder, made
@@ -131,7 +131,7 @@ def test_a_new_branch_judges_as_the_prior_does_and_the_loop_minimises_it():
     weights.config["task"] = "generate"
     labels = torch.from_numpy(show_labels(squares()[:, :32], "labels:edges"))[None].repeat(3, 1, 1, 1)
     pairs = Pairs(torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)), labels, ["", "ER of COS-7", ""], ["a", "b", "c"])
-    fitter = MaskFitter(weights, "labels:edges")
+    fitter = MaskLearner(weights, "labels:edges")
     bare = Pairs(pairs.target, torch.zeros_like(labels), pairs.prompts, pairs.groups)
     assert fitter.judge(fitter.modules, pairs) == fitter.judge(fitter.modules, bare) == judge_fit(fitter, fitter.modules, pairs)
     torch.nn.init.normal_(fitter.modules["control"].condition.last.weight)
@@ -147,7 +147,7 @@ def test_a_model_is_taught_kept_and_draws(drawer, tmp_path):
     assert (weights.config["task"], weights.config["norm"], weights.config["scale"]) == ("mask2image", MASK_NORM, 1)
     assert weights.config["base"]["name"] == "prior" and "overlap" in (made.folder / "card.md").read_text()
     held = [Pairs(torch.rand(1, 1, 32, 32), torch.from_numpy(show_labels(squares()[:, :32], MASK_NORM))[None], [""])]
-    kept = MaskFitter(weights)                                                   # its own branch, not a new one
+    kept = MaskLearner(weights)                                                   # its own branch, not a new one
     assert kept.judge(kept.modules, held[0]) != kept.judge(kept.modules, Pairs(held[0].target, 0 * held[0].condition, [""]))
     out = tmp_path / "drawn.tif"
     assert main(["restore", str(folder / "mask0.tif"), str(out), "--model", str(made.folder), "--samples", "1", "--passes", "2"]) == 0

@@ -13,7 +13,7 @@ from fluogen.preprocessing.noise import (
 from fluogen.simulation.camera import Camera, detect
 from fluogen.simulation.optics import bin_to_camera, widefield
 from fluogen.simulation.structures import STRUCTURES, render
-from fluogen.preprocessing.anscombe import lighten, stabilise
+from fluogen.preprocessing.anscombe import anscombe_inverse, anscombe_transform
 
 FMD = Path(__file__).resolve().parents[2] / "shared" / "realdata" / "denoise_pairs" / "fmd"
 CAMERA = Camera(offset_counts=100, gain=2.0, read_noise=1.6)
@@ -200,17 +200,17 @@ def test_stabilised_and_back(read_noise):
     rng, noise = np.random.default_rng(0), NoiseModel(3.0, 9.0 * read_noise**2 - 3.0 * 50, (50, 4000), 1.0)
     for photons in (2, 5, 20, 200, 2000):
         counts = 50 + 3.0 * (rng.poisson(photons, 200_000) + rng.normal(0, read_noise, 200_000))
-        stable = stabilise(counts, noise)
+        stable = anscombe_transform(counts, noise)
         assert stable.std() == pytest.approx(1, abs=0.08)
-        low, high = stabilise((50, 9050), noise)                                    # 0 and 3000 photoelectrons as light 0 and 1
-        light = lighten((stable.mean() - low) / (high - low), 1 / (high - low), low / (high - low))
+        low, high = anscombe_transform((50, 9050), noise)                                    # 0 and 3000 photoelectrons as light 0 and 1
+        light = anscombe_inverse((stable.mean() - low) / (high - low), 1 / (high - low), low / (high - low))
         assert 3000 * light == pytest.approx(photons, abs=0.05 + 4 * np.sqrt((photons + read_noise**2) / 200_000))
 
 
 def test_an_estimated_model_stabilises_a_picture(light):
     counts, mean = expose(light["er"], 200)
     noise = estimate_noise(counts)
-    residual = stabilise(counts, noise) - stabilise(mean, noise)
+    residual = anscombe_transform(counts, noise) - anscombe_transform(mean, noise)
     bright = mean > np.percentile(mean, 95)
     assert residual[bright].std() == pytest.approx(1, abs=0.05) and residual[~bright].std() == pytest.approx(1, abs=0.05)
     assert torch.is_tensor(light["er"])

@@ -25,8 +25,8 @@ from fluogen.training import fit as finetune
 from fluogen.tasks import finetune as own_pairs
 from fluogen.training.fit import TUNE_CONFIG
 from fluogen.datasets.pairs import Pairs
-from fluogen.training.fit import blend_weights, fit
-from fluogen.training.learners import DirectFitter
+from fluogen.training.fit import fit, interpolate_weights
+from fluogen.training.learners import DirectLearner
 from fluogen.datasets.pairs import find_camera
 from fluogen.datasets.pairs import OwnPairsError, cut_pair, read_pairs
 from fluogen.tasks.finetune import adapt, find_alarm, set_profile, split_pairs
@@ -95,20 +95,20 @@ def test_blended_weights_lie_half_way(tmp_path):
     rows = Pairs(data.target, data.condition, data.prompts)
     ends = {}
     for share in (0.5, 1.0):
-        fitter = DirectFitter(make_weights())
+        fitter = DirectLearner(make_weights())
         start = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
         fit(fitter, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, blend=share, validate_every=4), tmp_path / str(share))
         ends[share] = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
     moved = [k for k in start if not torch.equal(start[k], ends[1.0][k])]
     for name in moved:
         torch.testing.assert_close(ends[0.5][name], (start[name] + ends[1.0][name]) / 2)
-    blend_weights(fitter.modules, start, 0.0)
+    interpolate_weights(fitter.modules, start, 0.0)
     assert all(torch.equal(v, start[k]) for k, v in fitter.modules.state_dict().items())
 
 
 def test_the_share_of_tuning_is_the_one_that_validation_likes_best(tmp_path, monkeypatch):
     data = simulate_pairs(["er"], 4, size_px=32, seed=1)
-    rows, fitter, asked = Pairs(data.target, data.condition, data.prompts), DirectFitter(make_weights()), []
+    rows, fitter, asked = Pairs(data.target, data.condition, data.prompts), DirectLearner(make_weights()), []
     start = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
     fit(fitter, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, validate_every=4), tmp_path / "fit")
     end = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
@@ -118,7 +118,7 @@ def test_the_share_of_tuning_is_the_one_that_validation_likes_best(tmp_path, mon
         asked.append(float(((modules.state_dict()[moved] - start[moved]).norm() / (end[moved] - start[moved]).norm())))
         return abs(asked[-1] - 0.3)
     monkeypatch.setattr(finetune, "judge_fit", judge)
-    assert finetune.choose_share(fitter, start, rows) == 0.25 and asked == pytest.approx(finetune.SHARES, abs=1e-4)
+    assert finetune.choose_wise_ft_weight(fitter, start, rows) == 0.25 and asked == pytest.approx(finetune.WISE_FT_WEIGHTS, abs=1e-4)
     assert all(torch.equal(v, end[k]) for k, v in fitter.modules.state_dict().items())
     fit(fitter, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, validate_every=4, blend=None), tmp_path / "fit")
     assert fitter.share == 0.25
@@ -129,7 +129,7 @@ def test_a_model_is_tuned_kept_and_used(tmp_path, samples):
     save_toy(tmp_path / "toy", "control" if samples else "direct")
     manifest, said = write_manifest(tmp_path, [((32, 32), 2, f"cell{i}") for i in range(5)]), []
     made = adapt(manifest, "mine", base=str(tmp_path / "toy"), samples=samples, work=tmp_path / "work", out=tmp_path, config=SHORT,
-                 device="cpu", say=said.append)
+                 device="cpu", log=said.append)
     assert any("set aside" in line for line in said) and made.n_held == 1 and made.n_train == 4
     weights = load_weights(str(tmp_path / "mine"))
     assert weights.config["task"] == "sr" and ("control" in weights.modules) == samples
@@ -184,7 +184,7 @@ def tune_toy(home, name, callback=None):
     finetune.TrainConfig = partial(whole, checkpoint_every=2)
     try:
         return adapt(home / "manifest.jsonl", name, base=str(home / "toy"), work=home / "work", out=home, device="cpu", callback=callback,
-                     config=replace(SHORT, steps=8, validate_every=3, lr=1e-2, ema_decay=0.5), say=lambda line: None, progress=False)
+                     config=replace(SHORT, steps=8, validate_every=3, lr=1e-2, ema_decay=0.5), log=lambda line: None, progress=False)
     finally:
         finetune.TrainConfig = whole
 
@@ -285,7 +285,7 @@ def test_the_camera_that_only_pairs_tell_comes_along(tmp_path):
     camera = find_camera(load_dataset(manifest))
     assert camera[0] > 0.5 and camera[2] >= 0
     weights, said = load_weights("nano-denoise"), []
-    adapt(manifest, "mine", task="denoise", work=tmp_path / "work", out=tmp_path, config=replace(SHORT, steps=2), device="cpu", say=said.append)
+    adapt(manifest, "mine", task="denoise", work=tmp_path / "work", out=tmp_path, config=replace(SHORT, steps=2), device="cpu", log=said.append)
     assert any(f"--camera {camera[0]}" in line for line in said)
     mine = load_weights(str(tmp_path / "mine"))
     assert tuple(mine.config["camera"]) == camera and fill_camera(mine, RestoreSettings()).camera == camera

@@ -15,8 +15,9 @@ from fluogen.models.zoo import load_weights
 from fluogen.training.augment import draw_crop
 from fluogen.recipes.prior import OpenImagesError, known_prompt, licences, may_learn, open_images
 from fluogen.recipes import prior
-from fluogen.recipes.prior import DEALS, Deal, RecipeError, dealt, draw_times, prior_batch, scenes_seen, train_prior
-from fluogen.simulation.stream import PAPER_PROMPTS, Rounds
+from fluogen.recipes.prior import (
+    SCENE_MIXES, RecipeError, SceneMix, draw_times, prior_batch, scenes_seen, stream_state, train_prior)
+from fluogen.simulation.stream import PAPER_PROMPTS, SceneStream
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_times_linger_where_noise_and_picture_are_level(kind):
 
 
 def test_trains_goes_on_and_starts_from_weights(shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr(prior, "Rounds", lambda simulate, seed, **more: Rounds(simulate, seed, **(more | {"n": 8})))
+    monkeypatch.setattr(prior, "Rounds", lambda simulate, seed, **more: SceneStream(simulate, seed, **(more | {"n": 8})))
     manifest = shelf(("nuclei", "open-CC0"))
     options = dict(crops=4, device="cpu", config=BackboneConfig.tiny(), real=[manifest])
     out = train_prior(tmp_path / "one", tmp_path / "work", steps=2, **options)
@@ -98,20 +99,20 @@ def test_trains_goes_on_and_starts_from_weights(shelf, tmp_path, monkeypatch):
 
 
 def test_what_is_drawn_badly_is_dealt_more_often():
-    deal, rare = DEALS["nano-generate"], {"S. aureus", "E. coli", "Lysosomes of HeLa"}
+    deal, rare = SCENE_MIXES["nano-generate"], {"S. aureus", "E. coli", "Lysosomes of HeLa"}
     def share(deal):
-        rounds = Rounds(simulate_targets, 3, n=60, groups=deal.groups)
+        rounds = SceneStream(simulate_targets, 3, n=60, groups=deal.groups)
         batches = [prior_batch(step, 0, 16, rounds, whole=deal.whole) for step in range(8)]
         prompts = [p for batch in batches for p in batch["prompts"] if p]
         return sum(p in rare for p in prompts) / len(prompts), [batch["target"].shape[-1] for batch in batches]
-    plain, more = share(Deal()), share(deal)
+    plain, more = share(SceneMix()), share(deal)
     assert plain[0] < 0.3 < more[0] < 0.6
     assert plain[1] == [64, 64, 64, 128] * 2 and more[1] == [64, 128] * 4
 
 
 def test_older_weights_tell_what_they_saw_as_far_as_their_card_does():
     old = lambda recipe: SimpleNamespace(id="a@2", config={"card": {"recipe": recipe, "training": {"steps": 70}}})
-    assert scenes_seen(old("fluogen train nano --seed 4 --steps 70")) == [dealt(Deal(), 4, 70)]
-    assert scenes_seen(old("fluogen train nano --seed 4, gone on from nowhere@1")) == [dealt(Deal(), 4, 70)]
+    assert scenes_seen(old("fluogen train nano --seed 4 --steps 70")) == [stream_state(SceneMix(), 4, 70)]
+    assert scenes_seen(old("fluogen train nano --seed 4, gone on from nowhere@1")) == [stream_state(SceneMix(), 4, 70)]
     first = load_weights("fluogen-nano")
-    assert scenes_seen(old(f"fluogen train nano --seed 5, gone on from {first.id}")) == [*scenes_seen(first), dealt(Deal(), 5, 70)]
+    assert scenes_seen(old(f"fluogen train nano --seed 5, gone on from {first.id}")) == [*scenes_seen(first), stream_state(SceneMix(), 5, 70)]

@@ -150,7 +150,7 @@ def run_finetune(args) -> int:
     "Tune shipped weights on one's own pairs; Ctrl-C keeps a checkpoint, and the same command goes on."
     from fluogen.report.widgets import TextCurve
     from fluogen.tasks.finetune import adapt, set_profile
-    common = dict(base=args.model or "", minutes=args.minutes, work=args.work, out=args.out, seed=args.seed, device=args.device, say=say,
+    common = dict(base=args.model or "", minutes=args.minutes, work=args.work, out=args.out, seed=args.seed, device=args.device, log=say,
                   free=args.free, callback=TextCurve(say))
     if masks := args.task == "mask2image":
         from fluogen.training.fit import MASK_CONFIG
@@ -182,7 +182,7 @@ def run_calibrate(args) -> int:
     family = args.family or choose_family(weights, settings, args.model)
     heads = load_heads(weights, args.model) if family in HEADED else None
     total, progress = len(load_dataset(args.manifest)), Progress(1)
-    found = calibrate_source(args.manifest, weights, settings, args.alpha, args.delta, heads, family, say=say,
+    found = calibrate_source(args.manifest, weights, settings, args.alpha, args.delta, heads, family, log=say,
                              callback=lambda done: progress(Path(args.manifest), done, total))
     out = Path(args.out or f"calibration-{weights.name}.json")
     save_calibration(found, out)

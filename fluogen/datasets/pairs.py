@@ -16,7 +16,7 @@ import torch
 
 from ..core import FluogenError, hash_array
 from ..io.image import read_image, read_plane
-from ..preprocessing.anscombe import STABLE, show_noisy
+from ..preprocessing.anscombe import NORM_ANSCOMBE, anscombe_input
 from ..preprocessing.labels import show_labels
 from ..preprocessing.noise import (
     NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair)
@@ -146,7 +146,7 @@ def cut_pair(target: torch.Tensor, condition: torch.Tensor, tile_px: int) -> lis
 def read_pairs(source: str | Path, scale: int = 2, norm: str = "") -> tuple[Pairs, list[str]]:
     "Tiles of every usable pair of a manifest or data set, shown as `norm` says, and one line for each pair that was left out."
     def read(record):
-        if norm == STABLE:
+        if norm == NORM_ANSCOMBE:
             target, condition, _, said = read_noisy_pair(record)
             return target, condition, said
         target, condition, _, said = read_pair(record, scale)
@@ -230,7 +230,7 @@ def judge_noisy_pair(noisy: np.ndarray, clean: np.ndarray, where) -> None:
 # %% ../../nbs/lib/datasets/95_pairs.ipynb #0099b414
 def show_pair(noisy: np.ndarray, clean: np.ndarray, noise: NoiseModel) -> tuple[torch.Tensor, torch.Tensor]:
     "Target (1,H,W), light, and condition (3,H,W) of a pair whose scales may differ."
-    planes, levels = show_noisy(noisy, noise)
+    planes, levels = anscombe_input(noisy, noise)
     matched, _, _ = match_scale(noisy, clean)
     return torch.from_numpy(levels.to_light(matched)[None]).float(), torch.from_numpy(planes)
 

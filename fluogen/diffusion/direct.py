@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core import FluogenError, to_model, to_unit
-from ..preprocessing.anscombe import lighten
+from ..preprocessing.anscombe import anscombe_inverse
 from .schedule import Schedule
 
 # %% ../../nbs/lib/diffusion/30_direct.ipynb #25743b7c
@@ -94,4 +94,4 @@ def restore_noisy(backbone, condition, prompt_states, schedule, **cached) -> tor
     times = match_time(sigma.mean((1, 2, 3)), schedule)
     x = schedule.signal(times) * to_model(stable)
     x0, _ = schedule.split(x, backbone(x, times, prompt_states, **cached), times)
-    return lighten(to_unit(x0), sigma, bend)
+    return anscombe_inverse(to_unit(x0), sigma, bend)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'NETWORKS', 'BLIND', 'measure_ssim', 'loss_l1', 'loss_mse_ssim', 'Baseline', 'build_baseline',
-           'build_denoiser', 'hide_pixels', 'BlindFitter', 'fit_denoiser']
+           'build_denoiser', 'hide_pixels', 'BlindLearner', 'build_denoising_network_learner']
 
 # %% ../../nbs/lib/experiments/20_baselines.ipynb #b8841340
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..models.baselines import DFCAN, RCAN, CareUNet, Lighting, UNetRCAN
 from ..models.classical import BaselineError, Bicubic, DenoiserError
-from ..training.learners import NetworkFitter
+from ..training.learners import NetworkLearner
 
 # %% ../../nbs/lib/experiments/20_baselines.ipynb #8129514e
 def measure_ssim(prediction: torch.Tensor, target: torch.Tensor, data_range: float = 1.0) -> torch.Tensor:
@@ -109,7 +109,7 @@ def hide_pixels(stable: torch.Tensor, generator) -> tuple[torch.Tensor, torch.Te
     return torch.where(hidden, stable.flatten(2).gather(2, (y * W + x).flatten(2)).view_as(stable), stable), hidden
 
 
-class BlindFitter(NetworkFitter):
+class BlindLearner(NetworkLearner):
     "Noise2Void: the loss looks at noisy images only, at pixels that were hidden."
     def __init__(self, network: Lighting):
         super().__init__("noise2void", network, None)
@@ -121,7 +121,7 @@ class BlindFitter(NetworkFitter):
         return (error / sigma.expand_as(stable)[hidden]).square().mean()
 
 
-def fit_denoiser(name: str):
+def build_denoising_network_learner(name: str):
     "The fitter of a network by name, untrained, with the loss it was published with."
     network = build_denoiser(name)
-    return BlindFitter(network) if name == "noise2void" else NetworkFitter(name, network, loss_l1)
+    return BlindLearner(network) if name == "noise2void" else NetworkLearner(name, network, loss_l1)

@@ -17,7 +17,7 @@ import torch
 from ..core import FluogenError, derive_seed, make_rng
 from ..io.files import write_json
 from ..simulation.pairs import simulate_targets
-from ..simulation.stream import PAPER_PROMPTS, Rounds, draw_rows
+from ..simulation.stream import PAPER_PROMPTS, SceneStream, draw_rows
 from ..metrics.generation import measure_brightness, wasserstein_distance
 from ..diffusion.schedule import Schedule, ScheduleConfig
 from ..models.cards import training_facts
@@ -44,7 +44,7 @@ NETWORK = dict(channels=(16, 24, 32), groups=8, head_dim=16, time_width=32, prom
 SAMPLING = dict(steps=50, sampler="ddpm", grid="trailing", size_px=SIZE_PX)
 
 
-def brightness_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
+def brightness_batch(step: int, seed: int, crops: int, rounds: SceneStream) -> dict:
     "Targets (B,1,64,64) in unit range and prompts; half of them at full exposure, half darker."
     rng = make_rng(seed, "brightness", step)
     target, _, prompts = draw_rows(rng, rounds.at(step), crops)
@@ -70,7 +70,7 @@ def train_process(
             config.prompt_width)})
     settings = TrainConfig(steps=steps, minutes=minutes, lr=1e-3, warmup=100, schedule="cosine", ema_decay=0.995,
                            channels_last=True, seed=seed, device="cpu")
-    rounds = Rounds(simulate_targets, derive_seed(seed, "brightness"), n=1024, steps=600)
+    rounds = SceneStream(simulate_targets, derive_seed(seed, "brightness"), n=1024, steps=600)
     result = train(modules, prior_loss(schedule), lambda step: brightness_batch(step, seed, crops, rounds),
                    settings, work,
                    facts={"schedule": asdict(schedule.config)})

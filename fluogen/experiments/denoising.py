@@ -7,8 +7,8 @@ __all__ = ['DENOISE_LEARNED', 'DENOISE_METHODS', 'DENOISE_SHIPPED', 'DENOISE_BEN
            'NoisyFields', 'judge_by_truth', 'simulated_noisy_fields', 'RealPairsError', 'real_rows', 'list_folds',
            'real_pairs', 'real_noisy_fields', 'build_denoise_learner', 'draw_denoise_pairs', 'denoise_packing',
            'restore_denoise_fields', 'score_denoise_fields', 'classical', 'score_denoise_method', 'score_denoise_once',
-           'make_denoise_fields', 'run_denoise_benchmark', 'ship_denoise_method', 'open_denoiser', 'denoise_table',
-           'best_denoise_baseline', 'compare_denoise_scores']
+           'make_denoise_fields', 'run_denoise_benchmark', 'ship_denoise_method', 'load_denoise_learner',
+           'denoise_table', 'best_denoise_baseline', 'compare_denoise_scores']
 
 # %% ../../nbs/lib/experiments/50_denoising.ipynb #50c62d2e
 import json
@@ -22,11 +22,11 @@ import torch
 from ..core import FluogenError, derive_seed, hash_array, make_rng
 from ..io.files import write_json_once
 from ..io.image import read_image
-from ..preprocessing.anscombe import STABLE, noisy_light, show_noisy
+from ..preprocessing.anscombe import NORM_ANSCOMBE, anscombe_input, input_light
 from ..preprocessing.noise import NoiseError
 from ..datasets.pairs import PairBatch, Pairs, as_pairs, match_scale, read_noise, show_pair
 from ..datasets.registry import load_dataset
-from ..simulation.camera import TEST_EXPOSURES, expose_anyhow
+from ..simulation.camera import TEST_EXPOSURES, expose_training_levels
 from ..simulation.pairs import simulate_clean
 from ..metrics.bootstrap import paired_interval
 from ..metrics.restoration import score_restoration
@@ -34,9 +34,9 @@ from ..models.classical import DenoiserError, denoise_nlm, tune_nlm
 from ..models.unet import Backbone
 from ..models.zoo import load_weights
 from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
-from ..training.learners import DirectFitter, NetworkFitter
+from ..training.learners import DirectLearner, NetworkLearner
 from ..recipes.denoising import DENOISE, ROWS, held_out_fields
-from .baselines import build_denoiser, fit_denoiser
+from .baselines import build_denoiser, build_denoising_network_learner
 from .harness import Benchmark, Method, fit_all, load_method, run_jobs
 from .records import RecordError, describe_bench, join_record, score_row, ship_fit
 from .super_resolution import pack_round_trip
@@ -45,7 +45,7 @@ from .super_resolution import pack_round_trip
 def simulate_noisy_thirty(seed: int, n_pairs: int = 30, size_px: int = 128) -> PairBatch:
     "The pairs of a seed, each at an exposure of its own, training optics."
     clean = simulate_clean(list(ROWS), n_pairs, size_px, seed=derive_seed(seed, "noisy thirty"), split="train")
-    return expose_anyhow(clean, make_rng(seed, "noisy thirty"))
+    return expose_training_levels(clean, make_rng(seed, "noisy thirty"))
 
 
 def split_few(made: PairBatch) -> tuple[list[int], list[int]]:
@@ -162,7 +162,7 @@ def real_noisy_fields(source: str, fold: int, frames: int = 2, size_px: int = 51
     for row in real_rows(source):
         taken[id(row["clean"])] = taken.get(id(row["clean"]), 0) + (row["group"] in folds[fold % len(folds)])
         if row["group"] in folds[fold % len(folds)] and taken[id(row["clean"])] <= frames:
-            planes, levels = show_noisy(row["noisy"], row["noise"])
+            planes, levels = anscombe_input(row["noisy"], row["noise"])
             columns.append((row, planes, levels, levels.to_light(row["clean"].astype(float))))
     side = min(size_px, *(n for row, *_ in columns for n in row["noisy"].shape)) // 16 * 16
     batch = PairBatch(target=torch.from_numpy(np.stack([light[None, :side, :side] for *_, light in columns])).float(),
@@ -186,12 +186,12 @@ def build_denoise_learner(method: str, seed: int):
     "The fitter of a method by name, before it has seen a pair."
     torch.manual_seed(derive_seed(seed, method) % 2**31)
     if DENOISE_METHODS[method].base is None:
-        return fit_denoiser(method)
+        return build_denoising_network_learner(method)
     weights = load_weights(DENOISE_METHODS[method].base)
     if method == "scratch":
         weights.modules["backbone"] = Backbone(weights.backbone.config)
         weights.modules["prompts"].table.reset_parameters()
-    return DirectFitter(weights, DENOISE)
+    return DirectLearner(weights, DENOISE)
 
 
 def draw_denoise_pairs(method: str, seed: int, n_pairs: int, dataset: str) -> tuple[Pairs, Pairs]:
@@ -230,7 +230,7 @@ def classical(seed: int, dataset: str) -> dict:
     training, _ = draw_denoise_pairs("nlm", seed, 30, dataset)
     few = training.take(list(range(0, len(training), -(-len(training) // 8))))
     strength = tune_nlm(few)
-    return {"noisy": lambda fields: noisy_light(fields.batch.condition)[:, 0].numpy(),
+    return {"noisy": lambda fields: input_light(fields.batch.condition)[:, 0].numpy(),
             "nlm": lambda fields: denoise_nlm(fields.batch.condition, strength)[:, 0].numpy()}
 
 
@@ -302,19 +302,19 @@ def ship_denoise_method(folder: Path, work: Path, report: dict) -> Path:
     card = {"summary": f"{method}, fitted on thirty simulated noisy pairs: a column of figure 5, not for use.",
             "data": f"24 + 6 simulated pairs of 128² (draw {seed}), optics range train, every exposure.",
             "recipe": "fluogen train bench-denoise", "scores": "see bench-denoise/scores.json"}
-    about = {"task": "denoise", "scale": 1, "norm": STABLE}
+    about = {"task": "denoise", "scale": 1, "norm": NORM_ANSCOMBE}
     return ship_fit(folder, load_method(method, seed, work, DENOISE_BENCH), report, about, card, denoise_packing(method))
 
 
-def open_denoiser(name: str):
+def load_denoise_learner(name: str):
     "A fitter from weights by name: a network of the comparison, or weights that denoise directly."
     weights = load_weights(name)
     if "network" in weights.config["modules"]:
         network = build_denoiser(weights.config["modules"]["network"]["name"])
         network.load_state_dict(weights.modules["network"])
-        fitter = NetworkFitter(name, network, None)
+        fitter = NetworkLearner(name, network, None)
     elif weights.direct is not None and weights.direct.matched:
-        fitter = DirectFitter(weights, weights.direct)
+        fitter = DirectLearner(weights, weights.direct)
     else:
         raise DenoiserError("these weights do not denoise", where=name, found=f"task {weights.config.get('task')}",
                            expected="task denoise")

@@ -18,7 +18,7 @@ import torch
 from ..core import FluogenError, derive_seed, make_rng
 from ..io.files import atomic_write, write_json
 from ..simulation.pairs import simulate_targets
-from ..simulation.stream import PAPER_PROMPTS, Rounds
+from ..simulation.stream import PAPER_PROMPTS, SceneStream
 from ..simulation.structures import structure_of
 from ..metrics.generation import (
     as_stack, average_over_labels, compare_kernel_distances, diversity, frechet_distance, histogram_distance,
@@ -48,7 +48,7 @@ def draw_block(weights, way: str, number: int, size_px: int = 128, precision: st
         return generate(PAPER_PROMPTS, IMAGES_A_BLOCK, settings, weights, batch=8).images
 
 
-def draw_way(weights, way: str, per_prompt: int, folder: str | Path, say=None, **options) -> tuple[np.ndarray, float]:
+def draw_way(weights, way: str, per_prompt: int, folder: str | Path, log=None, **options) -> tuple[np.ndarray, float]:
     "All pictures of a way, blocks in order, and seconds of processor time a picture; what is in `folder` is not drawn again."
     count, parts = -(-per_prompt // SHARE.get(way, 1) // IMAGES_A_BLOCK), []
     count = max(1, count)
@@ -62,8 +62,8 @@ def draw_way(weights, way: str, per_prompt: int, folder: str | Path, say=None, *
             seconds = (time.process_time() - began) / len(made)
             with atomic_write(file) as temporary, open(temporary, "wb") as handle:
                 np.savez(handle, images=made.astype(np.float16), seconds=seconds)
-            if say:
-                say(f"{way}: block {number + 1} of {count}, {seconds:.2f} s a picture")
+            if log:
+                log(f"{way}: block {number + 1} of {count}, {seconds:.2f} s a picture")
         with np.load(file, allow_pickle=False) as kept:
             parts.append((kept["images"].astype(np.float32), float(kept["seconds"])))
     return np.concatenate([images for images, _ in parts]), float(np.mean([seconds for _, seconds in parts]))
@@ -84,9 +84,9 @@ def held_out_scenes(per_prompt: int, seed: int = 0) -> tuple[np.ndarray, list[st
     return (images * exposure[:, None, None]).astype(np.float32), scenes.prompts
 
 
-def deal_again(seen: dict) -> Rounds:
+def deal_again(seen: dict) -> SceneStream:
     "The rounds of one training of `scenes_seen`, drawn again."
-    return Rounds(simulate_targets, seen["seed"], n=seen["scenes"], groups=seen["groups"])
+    return SceneStream(simulate_targets, seen["seed"], n=seen["scenes"], groups=seen["groups"])
 
 
 def training_scenes(weights, most: int | None = None) -> np.ndarray:
@@ -150,7 +150,7 @@ def grade_prior(
     per_prompt: int = 64,           # pictures of each prompt, a multiple of 4
     encoder: ImageEncoder | None = None,     # default: encoder-nano
     rounds: int | None = None,      # of training scenes that copies are looked for in; default: all
-    say=print,
+    log=print,
     **options,                      # size_px, precision of `draw_block`
 ) -> Path:
     "Draw, grade, keep: the recipe behind figure 3."
@@ -168,7 +168,7 @@ def grade_prior(
     other, other_prompts = held_out_scenes(per_prompt, 1)
     sets, seconds = {"held-out scenes": (other, other_prompts)}, {}
     for way in WAYS:
-        images, seconds[way] = draw_way(weights, way, per_prompt, work, say, **options)
+        images, seconds[way] = draw_way(weights, way, per_prompt, work, log, **options)
         sets[way] = (images, block_prompts(len(images)))
     grades = {name: grade_set(*pair, real, real_prompts, encoder) for name, pair in sets.items()}
     features = {name: embed(encoder, images)[0] for name, (images, _) in sets.items()}

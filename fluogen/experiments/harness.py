@@ -17,9 +17,9 @@ from ..core import FluogenError
 from ..io.files import atomic_write, write_json, write_json_once
 from ..models.cards import name_hardware
 from ..training.checkpoint import load_tensors
-from ..training.fit import BENCH_CONFIG, FitConfig, blend_weights, fit, pace
+from ..training.fit import BENCH_CONFIG, FitConfig, fit, interpolate_weights, pace
 from ..training.optim import copy_into
-from ..training.peft import count_free
+from ..training.peft import count_trainable
 
 # %% ../../nbs/lib/experiments/30_harness.ipynb #3fe970a5
 MAX_VALIDATION_TILES = 32                                             # pairs to stop by, however many there are
@@ -91,7 +91,7 @@ def run_method(
     report = {
         "method": method, "seed": seed, "seconds": seconds, "seconds a step": round(step_s, 4), "steps in time": in_time,
         "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3),
-        "parameters": count_free(fitter), "hardware": name_hardware(next(fitter.modules.parameters()).device), "share": fitter.share,
+        "parameters": count_trainable(fitter), "hardware": name_hardware(next(fitter.modules.parameters()).device), "share": fitter.share,
         "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": asdict(config)}
     write_json(folder / "result.json", report, 1)
     return report
@@ -105,7 +105,7 @@ def load_method(method: str, seed: int, folder: str | Path, bench: Benchmark, wh
         tensors, _ = load_tensors(Path(folder) / f"{which}.safetensors")
         copy_into({n: v for n, v in (*fitter.modules.named_parameters(), *fitter.modules.named_buffers()) if n in tensors}, tensors)
         report = json.loads((Path(folder) / "result.json").read_text()) if (Path(folder) / "result.json").is_file() else {}
-        blend_weights(fitter.modules, start, report.get("share", bench.methods[method].config.blend))
+        interpolate_weights(fitter.modules, start, report.get("share", bench.methods[method].config.blend))
     fitter.modules.eval().requires_grad_(False)
     return fitter
 

@@ -17,7 +17,7 @@ from ..core import FluogenError
 from ..io.files import write_json
 from ..models.cards import licence_after, module_configs
 from ..models.zoo import find_record, load_weights, save_weights
-from ..training.learners import NetworkFitter
+from ..training.learners import NetworkLearner
 
 # %% ../../nbs/lib/experiments/10_records.ipynb #6cc5ee02
 class RecordError(FluogenError):
@@ -46,7 +46,7 @@ def describe_bench(rows: list[dict], reports: list[dict], batches: dict, bases, 
 
 def ship_fit(folder: Path, fitter, report: dict, about: dict, card: dict, packing: dict) -> Path:
     "Pack what was fitted as weights by name; `about` and `card` say what is particular to the comparison."
-    plain = isinstance(fitter, NetworkFitter)
+    plain = isinstance(fitter, NetworkLearner)
     about = {"adaptation": "network" if plain else "control" if "control" in fitter.modules else "direct",
              "schedule": None if plain else vars(fitter.schedule.config),
              "direct": vars(fitter.config) if hasattr(fitter, "config") else None,

@@ -15,7 +15,7 @@ from ..core import resolve
 def score_the_prior(args, out: Path, work: Path, log) -> Path:
     "Draw pictures from the prior and grade them."
     from fluogen.experiments.generation import grade_prior
-    return grade_prior(out, work, args.base or "nano-generate", args.per_prompt, say=log)
+    return grade_prior(out, work, args.base or "nano-generate", args.per_prompt, log=log)
 
 
 def compare_processes(args, out: Path, work: Path, log) -> Path:

@@ -24,7 +24,7 @@ from ..simulation.microscopes import HELD_OUT, OpticsRange
 from ..simulation.pairs import simulate_clean
 from ..models.zoo import load_weights, state_fact
 from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
-from ..training.peft import restrict
+from ..training.peft import apply_peft
 from ..recipes.denoising import ROWS
 from .denoising import (
     DENOISE_BENCH, judge_by_truth, restore_denoise_fields, score_denoise_fields, split_few)
@@ -80,7 +80,7 @@ def build_sample_size_learner(method: str, seed: int):
     "The fitter of a method by name, before it has seen a pair."
     if (name := method.removesuffix("-long")) in ("care", "scratch"):
         return DENOISE_BENCH.build_learner(name, seed)
-    return restrict(DENOISE_BENCH.build_learner("direct", seed), method if method in TUNINGS else "all")
+    return apply_peft(DENOISE_BENCH.build_learner("direct", seed), method if method in TUNINGS else "all")
 
 
 SAMPLE_SIZE_BENCH = Benchmark(SAMPLE_SIZE_METHODS, build_sample_size_learner, draw_sample_size_pairs)

@@ -8,8 +8,8 @@ __all__ = ['UNSEEN', 'REAL_PROMPTS', 'REAL_BITS', 'MANY_CONFIG', 'SR_METHODS', '
            'ThirtyError', 'simulate_thirty', 'split_thirty', 'open_truths', 'half_of', 'is_judged', 'degrade_rows',
            'degrade_thirty', 'make_thirty', 'draw_thirty', 'draw_fields', 'build_sr_learner', 'draw_sr_pairs',
            'sr_packing', 'pack_round_trip', 'restore_sr_fields', 'score_sr_fields', 'classical_methods', 'list_ways',
-           'score_sr_method', 'score_sr_once', 'make_sr_fields', 'run_sr_benchmark', 'ship_sr_method', 'open_fitter',
-           'join_halves', 'sr_table', 'list_seeds', 'best_sr_baseline', 'compare_sr_scores']
+           'score_sr_method', 'score_sr_once', 'make_sr_fields', 'run_sr_benchmark', 'ship_sr_method',
+           'load_sr_learner', 'join_halves', 'sr_table', 'list_seeds', 'best_sr_baseline', 'compare_sr_scores']
 
 # %% ../../nbs/lib/experiments/40_super_resolution.ipynb #2f9842e9
 import json
@@ -38,7 +38,7 @@ from ..models.packing import pack_state, unpack_state
 from ..models.unet import Backbone
 from ..models.zoo import load_weights
 from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
-from ..training.learners import ControlFitter, DirectFitter, NetworkFitter
+from ..training.learners import ControlLearner, DirectLearner, NetworkLearner
 from .baselines import BASELINES, build_baseline
 from .harness import Benchmark, Method, fit_all, load_method, run_jobs
 from .records import RecordError, describe_bench, join_record, score_row, ship_fit
@@ -180,14 +180,14 @@ def build_sr_learner(method: str, seed: int):
     torch.manual_seed(derive_seed(seed, method) % 2**31)
     if SR_METHODS[method].base is None:
         name = method.removesuffix("-9")
-        return NetworkFitter(method, build_baseline(name, SR_METHODS[method].frames), BASELINES[name].loss)
+        return NetworkLearner(method, build_baseline(name, SR_METHODS[method].frames), BASELINES[name].loss)
     weights = load_weights(SR_METHODS[method].base)
     if method in RANDOM_START:
         weights.modules["backbone"] = Backbone(weights.backbone.config)
         weights.modules["prompts"].table.reset_parameters()
     if method.startswith("control"):
-        return ControlFitter(weights, frozen=method == "control-frozen")
-    return DirectFitter(weights, weights.direct)
+        return ControlLearner(weights, frozen=method == "control-frozen")
+    return DirectLearner(weights, weights.direct)
 
 
 def draw_sr_pairs(method: str, seed: int, n_pairs: int, dataset: str) -> tuple[Pairs, Pairs]:
@@ -350,18 +350,18 @@ def ship_sr_method(folder: Path, work: Path, report: dict) -> Path:
     return ship_fit(folder, load_method(method, seed, work, SR_BENCH), report, about, card, sr_packing(method))
 
 # %% ../../nbs/lib/experiments/40_super_resolution.ipynb #bc5d2d15
-def open_fitter(name: str):
+def load_sr_learner(name: str):
     "A fitter from weights by name: network, direct or control."
     weights = load_weights(name)
     modules = weights.config["modules"]
     if "network" in modules:
         network = build_baseline(modules["network"]["name"])
         network.load_state_dict(weights.modules["network"])
-        fitter = NetworkFitter(modules["network"]["name"], network, None)
+        fitter = NetworkLearner(modules["network"]["name"], network, None)
     elif "control" in modules:
-        fitter = ControlFitter(weights)
+        fitter = ControlLearner(weights)
     else:
-        fitter = DirectFitter(weights, weights.direct)
+        fitter = DirectLearner(weights, weights.direct)
     fitter.modules.eval().requires_grad_(False)
     fitter.id = weights.id
     return fitter

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, to_model, to_unit
-from ..preprocessing.anscombe import noisy_light
+from ..preprocessing.anscombe import input_light
 from ..simulation.pairs import simulate_pairs, simulate_targets
 from ..diffusion.direct import upsample
 from ..diffusion.samplers import NoiseField, sample_dpmpp_2m
@@ -20,7 +20,7 @@ from ..diffusion.schedule import logsnr_grid
 from ..models.controlnet import ControlBranch
 from ..models.unet import BackboneConfig
 from ..models.zoo import Weights
-from ..training.learners import DirectFitter
+from ..training.learners import DirectLearner
 from ..recipes.denoising import held_out_fields, psnr_light
 from ..report.plotting import mark_profile, picture_style
 from ..report.schematic import Canvas
@@ -83,8 +83,8 @@ def trace_control(weights: Weights, structure: str = "microtubules", t: int = 30
 @torch.inference_mode()
 def trace_others(denoiser: Weights, photons: float = 20, size_px: int = 128, seed: int = 0) -> dict:
     "A noisy picture and what became of it, (H, W) light; its gain in dB; an instance mask (H, W)."
-    fields, fitter = held_out_fields(photons, 1, size_px, seed, ["Zebrafish embryos"]), DirectFitter(denoiser, denoiser.direct)
-    noisy, denoised = noisy_light(fields.condition), fitter.restore(fitter.modules, fields.condition, fields.prompts)
+    fields, fitter = held_out_fields(photons, 1, size_px, seed, ["Zebrafish embryos"]), DirectLearner(denoiser, denoiser.direct)
+    noisy, denoised = input_light(fields.condition), fitter.restore(fitter.modules, fields.condition, fields.prompts)
     gain = psnr_light(denoised, fields.target) - psnr_light(noisy, fields.target)
     cells = simulate_targets(["DNA of U2OS"], 1, size_px, seed=seed, split="test", instances=True)
     return {"noisy": flat(noisy), "denoised": flat(denoised), "gain_db": float(gain), "mask": cells.instances[0].numpy()}

@@ -26,9 +26,9 @@ from ..metrics.bootstrap import paired_interval
 from ..diffusion.direct import upsample
 from ..experiments.harness import describe_stopping
 from ..experiments.records import RecordError, read_record
-from fluogen.experiments.super_resolution import (
-    LOWER, SR_LEARNED, best_sr_baseline, classical_methods, compare_sr_scores, draw_fields, join_halves, open_fitter,
-    restore_sr_fields, sr_table)
+from ..experiments.super_resolution import (
+    LOWER, SR_LEARNED, best_sr_baseline, classical_methods, compare_sr_scores, draw_fields, join_halves,
+    load_sr_learner, restore_sr_fields, sr_table)
 
 # %% ../../nbs/lib/figures/50_fig4_sr.ipynb #915976e1
 FIG4_CONVENTIONS = {"normalisation": "each image by its own percentiles (input 0.1 and 99.9; truth 0 and 99.9), clipped to [0, 1]",
@@ -111,7 +111,7 @@ def fig4_methods(steps: int = 4, seed: int = 0, device="cpu", classical: bool = 
         methods |= {FIG4_DISPLAY[name]: method for name, method in classical_methods().items()}
 
     def column(name, options):
-        fitter = open_fitter(f"{prefix}-{name}")
+        fitter = load_sr_learner(f"{prefix}-{name}")
         fitter.modules.to(device)
 
         def method(fields):

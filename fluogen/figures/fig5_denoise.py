@@ -18,12 +18,12 @@ from ..simulation.camera import TEST_EXPOSURES
 from ..simulation.optics import UPSAMPLING
 from ..metrics.bootstrap import paired_interval
 from ..models.zoo import ZooError, find_record, load_weights
-from ..training.learners import DirectFitter
+from ..training.learners import DirectLearner
 from ..uncertainty.consistency import Detection, measure_detection
 from ..recipes.denoising import DENOISE, ROWS, held_out_fields
 from ..experiments.denoising import (
     DENOISE_BENCH, DENOISE_LEARNED, DENOISE_METHODS, NoisyFields, best_denoise_baseline, classical,
-    compare_denoise_scores, judge_by_truth, open_denoiser, real_noisy_fields, restore_denoise_fields)
+    compare_denoise_scores, judge_by_truth, load_denoise_learner, real_noisy_fields, restore_denoise_fields)
 from ..experiments.harness import describe_stopping, load_method, run_method
 from ..experiments.records import RecordError
 
@@ -50,15 +50,15 @@ def fig5_methods() -> tuple[dict, list[str]]:
     methods = {"Raw": plain["noisy"], "NLM": plain["nlm"]}
     for name, label in FIG5_DISPLAY.items():
         try:
-            methods[label] = _column(open_denoiser(f"bench-denoise-{name}"))
+            methods[label] = _column(load_denoise_learner(f"bench-denoise-{name}"))
         except ZooError:
             notes.append(f"{label}: weights bench-denoise-{name} are not installed (fluogen train bench-denoise)")
     try:
-        methods["nano-denoise"] = _column(open_denoiser("nano-denoise"))
+        methods["nano-denoise"] = _column(load_denoise_learner("nano-denoise"))
     except ZooError:
         notes.append("nano-denoise: not installed (fluogen train nano-denoise)")
     prior = load_weights("fluogen-nano")
-    methods["prior, untaught"] = _column(DirectFitter(prior, DENOISE))
+    methods["prior, untaught"] = _column(DirectLearner(prior, DENOISE))
     methods["prior, untaught"].id = prior.id
     if "FluoGen" not in methods:
         source = "nano-denoise" if "nano-denoise" in methods else "prior, untaught"

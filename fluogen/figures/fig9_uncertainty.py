@@ -134,7 +134,7 @@ def list_interval_methods(direct, direct_heads, control, control_heads, seed: in
             "three chains (paper)": (30, lambda counts: paper_sets(counts, control, control_heads, 10, seed))}
 
 
-def compare_ways(ways: dict, fields: list, alpha: float = 0.1, delta: float = 0.1, say=lambda line: None) -> dict:
+def compare_ways(ways: dict, fields: list, alpha: float = 0.1, delta: float = 0.1, log=lambda line: None) -> dict:
     "name -> {passes, seconds a field, n, width, risk, factor}; width None where nothing can be certified. Timed in turn, field by field."
     sets, seconds = {name: [] for name in ways}, {name: [] for name in ways}
     for field in fields:
@@ -151,7 +151,7 @@ def compare_ways(ways: dict, fields: list, alpha: float = 0.1, delta: float = 0.
             found = calibrate_stream(sets[name], alpha, delta, groups=[f.group for f in fields])
             row |= {"width": found.width, "risk": found.risk, "factor": found.factor}
         except CalibrationError as error:
-            say(f"{name}: {error}")
+            log(f"{name}: {error}")
     return table
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..preprocessing.anscombe import lighten
+from ..preprocessing.anscombe import anscombe_inverse
 
 # %% ../../nbs/lib/models/50_baselines.ipynb #8cab2c73
 def upsample_bicubic(
@@ -213,4 +213,4 @@ class Lighting(nn.Module):
 
     def forward(self, condition: torch.Tensor) -> torch.Tensor:     # (B,3,H,W) -> (B,1,H,W)
         stable, sigma, bend = condition.split(1, 1)
-        return lighten(self.network(stable), sigma, bend)
+        return anscombe_inverse(self.network(stable), sigma, bend)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core import FluogenError
-from ..preprocessing.anscombe import lighten
+from ..preprocessing.anscombe import anscombe_inverse
 from ..datasets.pairs import Pairs
 from ..metrics.restoration import fit_linear
 from .baselines import upsample_bicubic
@@ -137,7 +137,7 @@ def denoise_nlm(
     for stable, sigma, bend in check_shown(condition).float().cpu().numpy():
         noise = float(sigma.mean())
         clean = denoise_nl_means(stable, patch_size=5, patch_distance=6, h=strength * noise, sigma=noise, fast_mode=True)
-        found.append(lighten(clean, sigma, bend))
+        found.append(anscombe_inverse(clean, sigma, bend))
     return torch.from_numpy(np.stack(found)[:, None]).to(condition)
 
 

@@ -29,7 +29,7 @@ def run_train(args, log=print) -> int:
                              adaptation="control" if args.recipe.endswith("samples") else "direct", **one)
     elif args.recipe == "heads":
         from fluogen.recipes.interval_heads import MODELS, train_heads
-        for made in train_heads(out, work, models=args.models or MODELS, steps=args.steps, say=log, **common):
+        for made in train_heads(out, work, models=args.models or MODELS, steps=args.steps, log=log, **common):
             print(made, flush=True)
         log("look at card.md in those folders; to use them: fluogen restore IN OUT --interval")
         return 0

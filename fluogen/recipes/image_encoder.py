@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core import derive_seed, make_rng
 from ..simulation.pairs import simulate_targets
-from ..simulation.stream import PAPER_PROMPTS, Rounds, draw_rows
+from ..simulation.stream import PAPER_PROMPTS, SceneStream, draw_rows
 from ..simulation.structures import STRUCTURES, structure_of
 from ..models.cards import training_facts
 from ..models.image_encoder import EncoderError, ImageEncoder, embed, load_encoder, measure_statistics
@@ -25,7 +25,7 @@ from ..training.optim import TrainConfig
 from ..training.trainer import load_state as load_trained, train
 
 # %% ../../nbs/lib/recipes/60_image_encoder.ipynb #e65132de
-def encoder_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
+def encoder_batch(step: int, seed: int, crops: int, rounds: SceneStream) -> dict:
     "Pictures (B,1,128,128), class numbers, and what was done to them; a function of (seed, step)."
     rng, names = make_rng(seed, "encoder", step), list(STRUCTURES)
     target, _, prompts = draw_rows(rng, rounds.at(step), crops)
@@ -103,7 +103,7 @@ def train_leg(out, work, minutes: float, steps: int, seed: int, crops: int, star
     settings = TrainConfig(steps=steps, minutes=minutes, lr=1e-3 if start else 2e-3, warmup=100, schedule="cosine",
                            ema_decay=0.995, seed=seed, device="cpu",
                            channels_last=True)
-    rounds = Rounds(simulate_targets, derive_seed(seed, "encoder", *([before.id] if start else [])), n=1024,
+    rounds = SceneStream(simulate_targets, derive_seed(seed, "encoder", *([before.id] if start else [])), n=1024,
                     steps=400)
     result = train(modules, encoder_loss, lambda step: encoder_batch(step, seed, crops, rounds), settings, work)
     load_trained(modules, work, "average")

@@ -15,20 +15,20 @@ from ..core import choose_device, derive_seed, make_rng
 from ..datasets.pairs import Pairs, as_pairs
 from ..simulation.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..simulation.pairs import simulate_pairs
-from ..simulation.stream import SR_STRUCTURES, Rounds, draw_rows
+from ..simulation.stream import SR_STRUCTURES, SceneStream, draw_rows
 from ..simulation.structures import STRUCTURES
 from ..models.cards import CARD_KEYS, licence_after, module_configs, summary_after, training_facts
 from ..models.unet import Backbone
 from ..models.zoo import load_weights, save_weights
 from ..training.augment import draw_crops
 from ..training.fit import validation_psnr
-from ..training.learners import ControlFitter, DirectFitter
+from ..training.learners import ControlLearner, DirectLearner
 from ..training.optim import TrainConfig
 from ..training.trainer import load_state as load_trained, train
 from .prior import RecipeError
 
 # %% ../../nbs/lib/recipes/30_super_resolution.ipynb #b23add5f
-def sr_batch(step: int, seed: int, crops: int, rounds: Rounds) -> dict:
+def sr_batch(step: int, seed: int, crops: int, rounds: SceneStream) -> dict:
     "Crops of 64² from fresh pairs, half of them of the figure's structures; a function of (seed, step)."
     target, condition, prompts = draw_rows(make_rng(seed, "sr", step), rounds.at(step), crops)
     return draw_crops(Pairs(target, condition, prompts), step, seed, crops, 64)
@@ -92,9 +92,9 @@ def train_sr(
         weights.modules["prompts"].table.reset_parameters()
     crops = crops or (8 if device.type == "cpu" else 64)
     steps = steps or (10_000 if adaptation == "direct" else 6_000)
-    fitter = (DirectFitter(weights, prompt_dropout=0.2) if adaptation == "direct"
-              else ControlFitter(weights, frozen=frozen, prompt_dropout=0.2))
-    rounds = Rounds(simulate_pairs, derive_seed(seed, "sr"), device=device)
+    fitter = (DirectLearner(weights, prompt_dropout=0.2) if adaptation == "direct"
+              else ControlLearner(weights, frozen=frozen, prompt_dropout=0.2))
+    rounds = SceneStream(simulate_pairs, derive_seed(seed, "sr"), device=device)
     result = adapt_prior(fitter, lambda step: sr_batch(step, seed, crops, rounds), work, steps=steps, minutes=minutes, lr=lr, seed=seed,
                          device=device, facts={"start": weights.id, "adaptation": adaptation, "crops": crops})
     about = {"task": "sr", "adaptation": adaptation, "scale": 2, "schedule": asdict(weights.schedule.config), "norm": "percentile:0.1,99.9",

@@ -60,8 +60,8 @@ class LiveCurve:
 
 class TextCurve:
     "The same for a terminal: a line for every validation, with a bar that grows with the score."
-    def __init__(self, say=print):      # called with one line at a time
-        self.say, self.values = say, []
+    def __init__(self, log=print):      # called with one line at a time
+        self.say, self.values = log, []
 
     def __call__(self, entry: dict) -> None:
         "An entry of the training's log; a value below zero is minus a PSNR, any other a loss."

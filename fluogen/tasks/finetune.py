@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core import choose_device, make_rng
 from ..io.files import check_writable
-from ..preprocessing.anscombe import STABLE, noisy_light
+from ..preprocessing.anscombe import NORM_ANSCOMBE, input_light
 from ..datasets.pairs import (
     MASK_NORM, OwnPairsError, Pairs, find_camera, gather_tiles, read_mask_pair, read_pairs)
 from ..datasets.registry import load_dataset
@@ -30,8 +30,8 @@ from ..models.cards import module_configs
 from ..models.zoo import Weights, load_weights, save_weights, weight_folders
 from ..training.checkpoint import CheckpointError, hash_tensors
 from ..training.fit import MASK_CONFIG, TUNE_CONFIG, FitConfig, fit, pace, validation_psnr
-from ..training.learners import ControlFitter, DirectFitter, MaskFitter
-from ..training.peft import merge, restrict
+from ..training.learners import ControlLearner, DirectLearner, MaskLearner
+from ..training.peft import apply_peft, merge_peft
 from .restore import load_for_task
 
 # %% ../../nbs/lib/tasks/50_finetune.ipynb #928242fc
@@ -113,12 +113,12 @@ def estimate_minutes(fitter, pairs: Pairs, config: FitConfig) -> float:
     return min((config.steps + checks) * pace(fitter, pairs, config, repeats=2) / 60, config.minutes or math.inf)
 
 
-def set_aside(source, pairs: Pairs, notes: list[str], fitter, config: FitConfig, seed: int, say) -> tuple[Pairs, Pairs]:
+def set_aside(source, pairs: Pairs, notes: list[str], fitter, config: FitConfig, seed: int, log) -> tuple[Pairs, Pairs]:
     "Training and validation tiles; tells what was left out, how much is set aside, and the minutes that it may take."
     for note in notes:
-        say(note)
+        log(note)
     training, held = split_pairs(pairs, seed, {record.group for record in load_dataset(source) if record.split == "val"})
-    say(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} set aside; "
+    log(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} set aside; "
         f"up to about {estimate_minutes(fitter, training, config):.1f} minutes")
     return training, held
 
@@ -144,7 +144,7 @@ def adapt(
     seed: int = 0,
     device: str = "auto",
     config: FitConfig | None = None,
-    say=print,                      # called with one line at a time
+    log=print,                      # called with one line at a time
     task: str = "sr",               # "sr" or "denoise"
     free: str = "all",              # which weights may move, see `fluogen.training.peft`
     callback=None,                  # called with every entry of the training's log, e.g. `fluogen.report.widgets.LiveCurve`
@@ -159,19 +159,19 @@ def adapt(
     if weights.config.get("task") != task:
         raise OwnPairsError("weights of another task", where=base, found=weights.config.get("task"), expected=task)
     base, records = base or weights.name, load_dataset(source)
-    light = weights.config["norm"] == STABLE
-    fitter = restrict(ControlFitter(weights, light=light) if samples else DirectFitter(weights, weights.direct), free)
+    light = weights.config["norm"] == NORM_ANSCOMBE
+    fitter = apply_peft(ControlLearner(weights, light=light) if samples else DirectLearner(weights, weights.direct), free)
     pairs, notes = read_pairs(source, weights.config["scale"], weights.config["norm"])
-    training, held = set_aside(source, pairs, notes, fitter, config, seed, say)
+    training, held = set_aside(source, pairs, notes, fitter, config, seed, log)
     if camera := find_camera(records) if light else None:
-        say(f"single images do not show their noise here; the pairs do: --camera {','.join(map(str, camera))}, kept with the model")
+        log(f"single images do not show their noise here; the pairs do: --camera {','.join(map(str, camera))}, kept with the model")
     held_there = held.to(next(fitter.modules.parameters()).device)
-    plain = noisy_light(held.condition) if light else upsample(held.condition, held.scale).clamp(0, 1)
+    plain = input_light(held.condition) if light else upsample(held.condition, held.scale).clamp(0, 1)
     enlarged = (plain - held.target).square().mean((1, 2, 3)).clamp_min(1e-10)
     before = validation_psnr(fitter, fitter.modules, held_there)
-    say(f"{before:.2f} dB on what is set aside before the first step")
+    log(f"{before:.2f} dB on what is set aside before the first step")
     result = fit_again(fitter, training, held, config, Path(work) / name, callback, progress, weights.id)
-    merge(fitter)
+    merge_peft(fitter)
     after = validation_psnr(fitter, fitter.modules, held_there)
     values = [-v["value"] for v in result.validations if v["value"] is not None]
     made = Adapted(name, folder, float((-10 * enlarged.log10()).mean()), before, after,
@@ -179,7 +179,7 @@ def adapt(
     keep_adapted(made, fitter, weights, base, source, config, camera, free)
     gains = weights.config.get("facts", {}).get("expected_gain")
     if task == "denoise" and (more := expect_gain(gains, len(pairs), sum(r.split != "test" for r in records))):
-        say(more)
+        log(more)
     return made
 
 
@@ -280,7 +280,7 @@ def adapt_masks(
     seed: int = 0,
     device: str = "auto",
     config: FitConfig | None = None,
-    say=print,                      # called with one line at a time
+    log=print,                      # called with one line at a time
     callback=None,                  # called with every entry of the training's log
     progress: bool = True,          # the line on stderr
     norm: str = MASK_NORM,               # how the network is shown a mask, of `LABEL_NORMS`
@@ -294,10 +294,10 @@ def adapt_masks(
     weights = load_weights(base, choose_device(device))
     if weights.config.get("task") not in ("generate", "mask2image"):
         raise OwnPairsError("weights of another task", where=base, found=weights.config.get("task"), expected="generate or mask2image")
-    fitter = MaskFitter(weights, norm)
+    fitter = MaskLearner(weights, norm)
     pairs, notes = gather_tiles(source, lambda record: read_mask_pair(record, norm))
     config = config or replace(MASK_CONFIG, seed=seed, minutes=minutes)
-    training, held = set_aside(source, pairs, notes, fitter, config, seed, say)
+    training, held = set_aside(source, pairs, notes, fitter, config, seed, log)
     place = next(fitter.modules.parameters()).device
     held = held.to(place)
     before = fitter.judge(fitter.modules, held)

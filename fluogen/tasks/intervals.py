@@ -21,7 +21,7 @@ import torch
 
 from ..core import FluogenError, hash_array, to_unit
 from ..io.image import Image, read_image
-from ..preprocessing.anscombe import STABLE
+from ..preprocessing.anscombe import NORM_ANSCOMBE
 from ..preprocessing.normalize import check_numbers
 from ..datasets.pairs import judge_noisy_pair, match_scale, read_pair
 from ..datasets.registry import load_dataset
@@ -30,7 +30,7 @@ from ..models.quantile_heads import IntervalChain, restore_direct_interval, with
 from ..models.zoo import Weights, ZooError, find_weights, list_weights, load_weights
 from ..uncertainty.bounds import min_images
 from ..uncertainty.calibration import Calibration, CalibrationError, calibrate_stream, load_calibration
-from ..uncertainty.ood import InputRange, check_image_size, describe_image, judge_input, watch
+from ..uncertainty.ood import InputRange, check_image_size, describe_image, is_in_distribution, watch
 from fluogen.tasks.restore import (
     PlanePasses, RestoreSettings, check_weights, fill_camera, light_range, list_planes, restore_layers, show_plane,
     walk_chains)
@@ -141,7 +141,7 @@ def restore_sets(
 def system_facts(weights: Weights, settings: RestoreSettings, heads: Weights | None, family: str) -> dict:
     "Everything that a calibration must agree on with the system that uses it."
     sampled, norm = settings.samples > 0, weights.config["norm"]
-    norm += f", noise {'stated' if fill_camera(weights, settings).camera else 'estimated'}" if norm == STABLE else ""
+    norm += f", noise {'stated' if fill_camera(weights, settings).camera else 'estimated'}" if norm == NORM_ANSCOMBE else ""
     return {"weights": weights.id, "heads": heads.id if family in HEADED else "none",
             "sampler": settings.sampler if sampled else "direct",
             "steps": settings.passes if sampled else 1, "samples": settings.samples, "normalisation": norm,
@@ -170,7 +170,7 @@ def as_shown(field: Field, weights: Weights, settings: RestoreSettings = Restore
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                              # a small or saturated field counts as it is
         unit, back = show_plane(field.counts, weights.config["norm"], fill_camera(weights, settings))
-    if weights.config["norm"] != STABLE:
+    if weights.config["norm"] != NORM_ANSCOMBE:
         return torch.from_numpy(unit), field.target
     dark, white = back(np.array([0.0, 1.0])).astype(np.float64)                      # counts of no light, and of light 1
     return torch.from_numpy(unit), ((field.target - dark) / (white - dark)).astype(np.float32)
@@ -223,7 +223,7 @@ def _follow(names: list):
 # %% ../../nbs/lib/tasks/60_intervals.ipynb #b8c286f5
 def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> Field:
     "A pair with its measured counts; raises what is wrong with it, or why its noise cannot be estimated."
-    if weights.config["norm"] != STABLE:
+    if weights.config["norm"] != NORM_ANSCOMBE:
         target, *_ = read_pair(record, weights.config["scale"])
         counts = read_image(record.conditioning_path, sha256=record.conditioning_sha256).array
         check_image_size(counts.shape, record.conditioning_path)
@@ -241,15 +241,15 @@ def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSett
 PREVIEWED = 5               # lines about pairs that are left out
 
 
-def unseen_pairs(source: str | Path, weights: Weights, say=print) -> list:
+def unseen_pairs(source: str | Path, weights: Weights, log=print) -> list:
     "Records to calibrate on; for tuned weights those of the split test, where there are any, because the others may have been learnt from."
     records, recipe = load_dataset(source), weights.config.get("card", {}).get("recipe", "")
     if all(record.is_own_group for record in records):
-        say("note: no groups are stated, every image counts by itself; give crops of one cell one group, or the promise is void")
+        log("note: no groups are stated, every image counts by itself; give crops of one cell one group, or the promise is void")
     if not recipe.startswith("fluogen finetune"):
         return records
     held = [record for record in records if record.split == "test"]
-    say(f"only the {len(held)} pairs of the split test: {weights.name} may have learnt from the others" if held else
+    log(f"only the {len(held)} pairs of the split test: {weights.name} may have learnt from the others" if held else
         f"note: {weights.name} was tuned on {recipe.split()[2]}; on cells that it has learnt from the promise is void")
     return held or records
 
@@ -257,7 +257,7 @@ def unseen_pairs(source: str | Path, weights: Weights, say=print) -> list:
 def read_fields(
     source,                 # manifest of pairs, name of a data set, or records
     weights: Weights,
-    say=print,              # called with one line for each pair that is left out
+    log=print,              # called with one line for each pair that is left out
     settings: RestoreSettings = RestoreSettings(),
 ):
     "Yields the usable pairs of a manifest as `Field`s."
@@ -265,7 +265,7 @@ def read_fields(
         try:
             yield read_field(record, weights, settings)
         except FluogenError as error:
-            say(f"left out: {error}")
+            log(f"left out: {error}")
 
 
 def calibrate_source(
@@ -276,11 +276,11 @@ def calibrate_source(
     delta: float = 0.1,
     heads: Weights | None = None,
     family: str = "quantile",
-    say=print,
+    log=print,
     callback=None,          # called as callback(done)
 ) -> Calibration:
     "Calibrate on the pairs of a manifest. Raises `CalibrationError` for too few groups, before anything is computed."
-    least, records, left_out = min_images(alpha, delta), unseen_pairs(source, weights, say), []
+    least, records, left_out = min_images(alpha, delta), unseen_pairs(source, weights, log), []
     there = len({str(record.group) for record in records})
     if there < least:
         raise CalibrationError("too few groups (cells or fields of view) to certify anything", where=source, found=there,
@@ -290,7 +290,7 @@ def calibrate_source(
     def note(line):
         left_out.append(line)
         if len(left_out) <= PREVIEWED:
-            say(line)
+            log(line)
     fields = read_fields(records, weights, note, settings)
     try:
         found = calibrate_fields(fields, weights, settings, alpha, delta, heads, family, callback)
@@ -300,7 +300,7 @@ def calibrate_source(
         raise CalibrationError("too few groups are left", where=source, found=f"{error.found} of {there}", expected=error.expected,
                                hint=f"{len(left_out)} pairs were left out, the first as {left_out[0][10:]}") from None
     if len(left_out) > PREVIEWED:
-        say(f"left out: {len(left_out) - PREVIEWED} more; fluogen check {source} names each")
+        log(f"left out: {len(left_out) - PREVIEWED} more; fluogen check {source} names each")
     return found
 
 # %% ../../nbs/lib/tasks/60_intervals.ipynb #3b9a8c86
@@ -326,7 +326,7 @@ class IntervalRestorer:
             return ["not covered: calibrated on fewer than 20 images, whose range is not known"]
         points = [describe_image(plane) for plane in flat]
         self.seen |= {hash_array(plane): point for plane, point in zip(flat, points)}
-        verdicts = [judge_input(self.calibration, point) for point in points]
+        verdicts = [is_in_distribution(self.calibration, point) for point in points]
         where = [f"plane {i}: " if len(flat) > 1 else "" for i in range(len(flat))]
         return [f"{place}{verdict}" for place, verdict in zip(where, verdicts) if not verdict.inside]
 

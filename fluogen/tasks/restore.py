@@ -19,7 +19,7 @@ from .. import __version__
 from ..core import FluogenError, hash_array, to_unit
 from ..io.files import ImageReadError
 from ..io.image import Image
-from ..preprocessing.anscombe import STABLE, hold_light, show_noisy
+from ..preprocessing.anscombe import NORM_ANSCOMBE, anscombe_input, keep_low_frequencies
 from ..preprocessing.labels import LABEL_NORMS, LabelError, show_labels
 from ..preprocessing.noise import SMALL, NoiseError, NoiseModel, estimate_noise
 from ..preprocessing.normalize import scale_to_unit
@@ -108,7 +108,7 @@ def check_weights(weights: Weights, settings: RestoreSettings) -> None:
     refuse(not {"backbone", "prompts"} <= set(have) or "scale" not in config or weights.schedule is None,
            "these weights restore nothing", found=f"task {config.get('task')}, parts {', '.join(sorted(have))}",
            expected="task sr or denoise, with backbone and prompts", hint="fluogen weights lists others.")
-    refuse(settings.camera and config.get("norm") != STABLE, "only denoising asks for the camera", found=f"task {config.get('task')}",
+    refuse(settings.camera and config.get("norm") != NORM_ANSCOMBE, "only denoising asks for the camera", found=f"task {config.get('task')}",
            hint="Leave the camera out, or denoise (--task denoise).")
     masks = config.get("norm") in LABEL_NORMS
     refuse(masks and settings.samples != 1, "these weights draw one picture for a mask", found=f"samples {settings.samples}",
@@ -117,7 +117,7 @@ def check_weights(weights: Weights, settings: RestoreSettings) -> None:
            hint="Ask for samples=4 (--samples 4).")
     refuse(settings.samples > 0 and "control" not in have, "these weights give a mean, not samples",
            hint="Leave samples out.")
-    channels = weights.control.config.condition_channels if settings.samples and config.get("norm") != STABLE else 1
+    channels = weights.control.config.condition_channels if settings.samples and config.get("norm") != NORM_ANSCOMBE else 1
     refuse(channels != 1 and not masks, "these weights need several raw frames, not one image", found=f"{channels} frames")
     check_prompt(weights.prompts, settings.prompt)
 
@@ -194,7 +194,7 @@ class PlanePasses:
 # %% ../../nbs/lib/tasks/20_restore.ipynb #08fbbb20
 def light_range(weights: Weights) -> tuple:
     "Intensities that a restored plane can have: denoised light has no upper end."
-    return (0, None) if weights.config.get("norm") == STABLE else (0, 1)
+    return (0, None) if weights.config.get("norm") == NORM_ANSCOMBE else (0, 1)
 
 
 @torch.inference_mode()
@@ -231,7 +231,7 @@ def walk_chains(
         field = NoiseField(settings.seed, f"{key}/{sample}", shape)
         extra = {"clip": light_range(passes.weights)[1]} | ({"draw": field.draw} if settings.sampler == "ddpm" else {})
         drawn = to_unit(SAMPLERS[settings.sampler](predict or passes.predict, field.draw(), passes.weights.schedule, grid, **extra))
-        yield (hold_light(drawn, passes.image) if passes.weights.config.get("norm") == STABLE else drawn)[0, 0]
+        yield (keep_low_frequencies(drawn, passes.image) if passes.weights.config.get("norm") == NORM_ANSCOMBE else drawn)[0, 0]
 
 # %% ../../nbs/lib/tasks/20_restore.ipynb #abf54485
 def match_flux(
@@ -274,7 +274,7 @@ def show_plane(plane: np.ndarray, norm: str, settings: RestoreSettings) -> tuple
         return show_labels(plane, norm), lambda drawn: drawn
     if plane.dtype.kind == "b":
         raise ImageReadError("a mask of two values, not intensities", hint="Give the measured image.")
-    if norm != STABLE:
+    if norm != NORM_ANSCOMBE:
         unit, (low, _) = scale_to_unit(plane, norm, clip=True)
         return unit[None], lambda restored: match_flux(restored, plane, low)
     scale_to_unit(plane, "percentile:0,100")                        # refuses and warns as for any other plane
@@ -292,7 +292,7 @@ def show_plane(plane: np.ndarray, norm: str, settings: RestoreSettings) -> tuple
             noise = estimate_noise(plane)
         except NoiseError as error:
             raise NoiseError(error.what, found=error.found, expected=error.expected, hint=CAMERA) from None
-    unit, levels = show_noisy(plane, noise)
+    unit, levels = anscombe_input(plane, noise)
     return unit, lambda restored: levels.to_counts(restored).astype(np.float32)
 
 

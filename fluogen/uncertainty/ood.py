@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'TINY', 'SMALLEST', 'NEAREST', 'BLUR', 'FLOOR', 'SHRINK', 'check_image_size', 'describe_image',
-           'photon_gain', 'blur_variance', 'Verdict', 'InputRange', 'watch', 'judge_input']
+           'photon_gain', 'blur_variance', 'Verdict', 'InputRange', 'watch', 'is_in_distribution']
 
 # %% ../../nbs/lib/uncertainty/40_ood.ipynb #9e2c61bf
 from collections.abc import Iterable
@@ -161,6 +161,6 @@ def watch(calibration: Calibration, images: Iterable) -> Calibration:
     return replace(calibration, inputs=features)
 
 
-def judge_input(calibration: Calibration, image, level: float = 0.02) -> Verdict:
+def is_in_distribution(calibration: Calibration, image, level: float = 0.02) -> Verdict:
     "Does a measured image look like those of the calibration?"
     return InputRange(calibration.inputs).judge(image, level)
