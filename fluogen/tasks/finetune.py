@@ -28,7 +28,7 @@ from ..metrics.segmentation import measure_following
 from ..diffusion.direct import upsample
 from ..models.cards import module_configs
 from ..models.zoo import Weights, load_weights, save_weights, weight_folders
-from ..training.checkpoint import CheckpointError, hash_tensors
+from ..training.checkpoint import OtherTrainingError, hash_tensors
 from ..training.fit import MASK_CONFIG, TUNE_CONFIG, FitConfig, fit, pace, validation_psnr
 from ..training.learners import ControlLearner, DirectLearner, MaskLearner
 from ..training.peft import apply_peft, merge_peft
@@ -99,10 +99,8 @@ def fit_again(fitter, training: Pairs, held: Pairs, config: FitConfig, folder, c
     digest = hash_tensors(tensors, json.dumps([training.prompts, held.prompts]))
     try:
         return fit(fitter, training, held, config, folder, callback, progress, {"pairs": digest, "weights": base})
-    except CheckpointError as error:
-        if "of another training" not in error.what:
-            raise
-        other = next((key for key in ("pairs", "weights") if f": {key} " in error.what), "settings")
+    except OtherTrainingError as error:
+        other = error.key if error.key in ("pairs", "weights") else "settings"
         raise OwnPairsError(f"an unfinished or finished tuning with other {other} lies there", where=folder,
                             hint="Choose another --name, or delete that folder.") from None
 
