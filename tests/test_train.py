@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluogen.training.checkpoint import CheckpointError, hash_tensors, list_checkpoints, load_checkpoint, load_tensors
-from fluogen.training.optim import TrainConfig, TrainingError
-from fluogen.training.trainer import load_state
-from fluogen.training.trainer import train
+from fluogen.training.checkpoint import (
+    CheckpointError, OtherTrainingError, hash_tensors, list_checkpoints, load_checkpoint, load_tensors)
+from fluogen.training.optim import Phase, TrainConfig, TrainingError
+from fluogen.training.trainer import load_state, train
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from train_and_kill import CONFIG, batches, fingerprint, loss_fn, make_net, validate      # noqa: E402
+from train_and_kill import (                                                             # noqa: E402
+    CONFIG, PHASES, batches, distance, fingerprint, generator_loss, loss_fn, make_gan, make_net, points, train_kind, validate)
 
 QUIET = {"progress": False}
 
@@ -86,9 +87,10 @@ def test_the_callers_random_state_and_flags_are_untouched(tmp_path):
 
 
 @pytest.mark.battery
-def test_kill_9_at_random_moments(tmp_path):
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_kill_9_at_random_moments(tmp_path, kind):
     trials, kills_each = (20, 3) if os.environ.get("FLUOGEN_BATTERY") == "full" else (3, 1)
-    command = [sys.executable, HERE / "train_and_kill.py", tmp_path, str(trials), str(kills_each)]
+    command = [sys.executable, HERE / "train_and_kill.py", tmp_path, kind, str(trials), str(kills_each)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120 * trials,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -119,8 +121,9 @@ def test_bf16_with_channels_last_resumes_exactly_too(tmp_path):
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, change, named):
     given = {"config": replace(CONFIG, steps=2), "facts": {"schedule": "cosine"}, "validate": validate, **QUIET}
     train(make_net(), loss_fn, batches, folder=tmp_path, **given)
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(OtherTrainingError, match=named) as error:
         train(make_net(), loss_fn, batches, folder=tmp_path, **(given | change))
+    assert f"{error.value.key} differs" in str(error.value)
     train(make_net(), loss_fn, batches, folder=tmp_path, **(given | {"config": replace(CONFIG, steps=3, log_every=1)}))
 
 
@@ -320,22 +323,131 @@ def test_progress_line_and_tiny_errors(tmp_path, capsys):
             train(make_net(), loss_fn, batches, replace(CONFIG, precision="fp16"), tmp_path, validate=validate)
 
 
+# ---- several optimisers
+
+@pytest.fixture(scope="module")
+def gan(tmp_path_factory):
+    return train_kind("two", tmp_path_factory.mktemp("gan"))
+
+
+def test_two_optimisers_stopped_and_resumed_are_bit_identical(tmp_path, gan):
+    for minutes in (0.0, 0.0003, 0.0):
+        train_kind("two", tmp_path, replace(CONFIG, minutes=minutes))
+    assert train_kind("two", tmp_path).step == gan.step == 24 and fingerprint(tmp_path) == fingerprint(gan.folder)
+
+
+def test_every_times_and_losses_by_name(gan):
+    tensors, facts = load_checkpoint(gan.folder)
+    assert tensors["optimizer/discriminator.0.weight/step"] == 48 and tensors["optimizer/generator.0.weight/step"] == 12
+    assert list(facts["phases"]) == ["discriminator", "generator"]
+    for point in gan.curve:
+        assert point["loss"] == pytest.approx(point["loss/discriminator"] + point["loss/generator"])
+        assert point["lr/discriminator"] > 2.9e-2 and "norm" not in point and "lr" not in point
+    assert gan.curve[0]["lr/generator"] > gan.curve[-1]["lr/generator"]                 # cosine; the other rate is constant
+    assert gan.validations[-1]["value"] < gan.validations[0]["value"]
+    shown = tensors["ema/discriminator.0.weight"], tensors["weight/discriminator.0.weight"]
+    assert torch.equal(*shown)                                                          # ema_decay 0: no average
+    assert not torch.equal(tensors["ema/generator.0.weight"], tensors["weight/generator.0.weight"])
+    saved = load_tensors(gan.folder / "best.safetensors")[0]
+    assert {"generator.1.running_mean", "generator.0.weight", "discriminator.3.weight"} <= saved.keys()
+
+
+def test_a_phase_changes_its_own_modules_only_and_needs_no_gradient_of_others(tmp_path):
+    seen = []
+
+    def watch(gan, batch, generator):
+        seen.append({name: p.requires_grad for key in gan for name, p in gan[key].named_parameters(prefix=key)})
+        return generator_loss(gan, batch, generator)
+    frozen = Phase("discriminator", lambda gan, batch, generator: 0 * gan["discriminator"](batch["x"]).sum(),
+                   ["discriminator"], settings={"lr": 0.0})
+    gan = make_gan()
+    before = [hash_tensors(dict(gan[key].named_parameters())) for key in gan]
+    train(gan, [frozen, Phase("generator", watch, ["generator"])], points, replace(CONFIG, steps=3, validate_every=0), tmp_path,
+          **QUIET)
+    after = [hash_tensors(dict(gan[key].named_parameters())) for key in gan]
+    assert after[1] == before[1] and after[0] != before[0]
+    assert all(required == name.startswith("generator") for moment in seen for name, required in moment.items())
+    assert all(p.requires_grad for key in gan for p in gan[key].parameters())           # given back as they came
+
+
+def test_one_phase_is_the_training_of_a_loss_function(tmp_path, whole):
+    net = train(make_net(), [Phase("main", loss_fn)], batches, CONFIG, tmp_path, validate=validate, **QUIET)
+    assert fingerprint(net.folder) == fingerprint(whole.folder) and "phases" not in load_checkpoint(net.folder)[1]
+
+
+@pytest.mark.parametrize("change, key", [({"times": 3}, "times"), ({"every": 2}, "every"), ({"name": "critic"}, "critic"),
+                                         ({"settings": {"lr": 1e-3}}, "betas"), (None, "order")])
+def test_another_plan_of_phases_is_another_training(tmp_path, change, key):
+    first, second = replace(PHASES[0], times=2), replace(PHASES[1], every=1)
+    config = replace(CONFIG, steps=2)
+    train(make_gan(), [first, second], points, config, tmp_path, validate=distance, **QUIET)
+    plan = [replace(first, **change), second] if change else [second, first]
+    with pytest.raises(OtherTrainingError) as error:
+        train(make_gan(), plan, points, config, tmp_path, validate=distance, **QUIET)
+    assert error.value.key == key
+    with pytest.raises(OtherTrainingError):             # two optimisers are not resumed as one
+        train(make_gan(), generator_loss, points, config, tmp_path, validate=distance, **QUIET)
+
+
+def test_a_bad_update_of_one_phase_leaves_the_other_alone(tmp_path):
+    def sometimes(gan, batch, generator):
+        return generator_loss(gan, batch, generator) * (math.nan if batch["index"] == 2 else 1.0)
+    plan = [replace(PHASES[0], times=1), Phase("generator", sometimes, ["generator"])]
+    config = replace(CONFIG, accumulate=1, steps=5, validate_every=0)
+    result = train(make_gan(), plan, lambda index: points(index) | {"index": index}, config, tmp_path / "once", **QUIET)
+    tensors = load_checkpoint(tmp_path / "once")[0]
+    assert result.skipped == 1 and tensors["optimizer/generator.0.weight/step"] == 4
+    assert tensors["optimizer/discriminator.0.weight/step"] == 5
+    log = [json.loads(line) for line in (tmp_path / "once" / "log.jsonl").open()]
+    assert [entry["phase"] for entry in log if entry["event"] == "skipped"] == ["generator"]
+    plan[1] = Phase("generator", lambda *given: generator_loss(*given) * math.nan, ["generator"])
+    with pytest.raises(TrainingError, match="of phase generator at step 3"):
+        train(make_gan(), plan, points, replace(config, max_skips=3), tmp_path / "ever", **QUIET)
+
+
+@pytest.mark.parametrize("plan, message", [
+    ([PHASES[0], PHASES[0]], "two phases of one name"), ([], "not a training objective"), ([PHASES[1]], "no phase runs in every step"),
+    ([PHASES[0], Phase("generator", generator_loss)], "discriminator.0.weight: a parameter in two optimisers"),
+    ([PHASES[0], Phase("generator", generator_loss, ["brush"])], "phase 'generator': nothing to train")])
+def test_a_plan_that_cannot_be_meant_is_refused_and_flags_are_left(tmp_path, plan, message):
+    gan = make_gan()
+    with pytest.raises(TrainingError, match=message) as error:
+        train(gan, plan, points, CONFIG, tmp_path, validate=distance, **QUIET)
+    assert "\n" not in str(error.value) and all(p.requires_grad for key in gan for p in gan[key].parameters())
+
+
+def test_bf16_with_two_optimisers_resumes_exactly_too(tmp_path):
+    config = replace(CONFIG, precision="bf16", steps=4, schedule="constant")
+    plan = [replace(PHASES[0], settings={}), replace(PHASES[1], every=1, settings={})]
+    for steps in (4, 2, 4):
+        train(make_gan(), plan, points, replace(config, steps=steps), tmp_path / ("a" if not (tmp_path / "a").exists() else "b"),
+              validate=distance, **QUIET)
+    one, two = (load_checkpoint(tmp_path / name)[0] for name in "ab")
+    assert hash_tensors(one) == hash_tensors(two)
+
+
 # ---- several processes
 
 @pytest.mark.battery
-def test_two_processes_are_one_that_accumulates(tmp_path):
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_two_processes_are_one_that_accumulates(tmp_path, kind):
     if os.environ.get("FLUOGEN_BATTERY") != "full":
         pytest.skip("starts two processes: make battery")
     script = ("import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from dataclasses import replace\n"
               "from train_and_kill import *\n"
-              "net = make_net()[:3].append(torch.nn.Conv2d(16, 1, 3, padding=1))\n"
-              "config = replace(CONFIG, steps=10, accumulate=int(sys.argv[3]))\n"
-              "train(net, loss_fn, batches, config, sys.argv[2], validate=validate, progress=False)\n")
+              "config, given = replace(CONFIG, steps=10, accumulate=int(sys.argv[3])), {'progress': False}\n"
+              "if sys.argv[4] == 'one':\n"
+              "    net = make_net()[:3].append(torch.nn.Conv2d(16, 1, 3, padding=1))\n"
+              "    train(net, loss_fn, batches, config, sys.argv[2], validate=validate, **given)\n"
+              "else:\n"
+              "    gan = make_gan()\n"
+              "    gan['generator'][1], gan['discriminator'][2] = torch.nn.Identity(), torch.nn.Identity()\n"
+              "    train(gan, PHASES, points, config, sys.argv[2], validate=distance, **given)\n")
     (tmp_path / "go.py").write_text(script)
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    alone = [sys.executable, tmp_path / "go.py", HERE, tmp_path / "alone", "2"]
+    alone = [sys.executable, tmp_path / "go.py", HERE, tmp_path / "alone", "2", kind]
     pair = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-            tmp_path / "go.py", HERE, tmp_path / "pair", "1"]
+            tmp_path / "go.py", HERE, tmp_path / "pair", "1", kind]
     for command in (alone, pair):
         done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -13,9 +13,8 @@ import torch
 
 from fluogen.core import make_generator
 from fluogen.training.checkpoint import hash_tensors, load_checkpoint, load_tensors
-from fluogen.training.trainer import make_accelerator
-from fluogen.training.optim import TrainConfig
-from fluogen.training.trainer import train
+from fluogen.training.optim import Phase, TrainConfig
+from fluogen.training.trainer import make_accelerator, train
 
 CONFIG = TrainConfig(steps=24, lr=1e-2, warmup=5, ema_decay=0.9, accumulate=2, checkpoint_every=2, validate_every=4,
                      log_every=5, device="cpu")
@@ -41,12 +40,58 @@ def validate(net, step):
     return (net(x) - x).square().mean().item()
 
 
-def live(folder, seconds=None):
+# ---- the same for two optimisers: a GAN on points, the generator with BatchNorm's statistics, the discriminator with dropout
+
+def make_gan():
+    torch.manual_seed(0)
+    layers = torch.nn
+    return {"generator": layers.Sequential(layers.Linear(2, 16), layers.BatchNorm1d(16), layers.SiLU(), layers.Linear(16, 2)),
+            "discriminator": layers.Sequential(layers.Linear(2, 16), layers.SiLU(), layers.Dropout(0.1), layers.Linear(16, 1))}
+
+
+def points(index):
+    return {"x": 2 + 0.5 * torch.randn(32, 2, generator=make_generator(0, "points", index))}
+
+
+def draw(gan, batch, generator):
+    return gan["generator"](torch.randn(batch["x"].shape, generator=generator, device=generator.device))
+
+
+def discriminator_loss(gan, batch, generator):
+    real, fake = gan["discriminator"](batch["x"]), gan["discriminator"](draw(gan, batch, generator).detach())
+    return torch.nn.functional.softplus(-real).mean() + torch.nn.functional.softplus(fake).mean()
+
+
+def generator_loss(gan, batch, generator):
+    return torch.nn.functional.softplus(-gan["discriminator"](draw(gan, batch, generator))).mean()
+
+
+PHASES = [Phase("discriminator", discriminator_loss, ["discriminator"], times=2,
+                settings={"lr": 3e-2, "betas": (0.5, 0.9), "ema_decay": 0.0, "clip": 0.5}),
+          Phase("generator", generator_loss, ["generator"], every=2, settings={"schedule": "cosine"})]
+
+
+def distance(gan, step):
+    with torch.no_grad():
+        z = torch.randn(64, 2, generator=make_generator(0, "z"))
+        return (gan["generator"](z).mean(0) - 2).norm().item()
+
+
+KINDS = {"one": (make_net, loss_fn, batches, validate), "two": (make_gan, PHASES, points, distance)}
+
+
+def train_kind(kind, folder, config=CONFIG, **more):
+    "The training of one or of two optimisers in a folder."
+    make, loss, feed, judge = KINDS[kind]
+    return train(make(), loss, feed, config, folder, validate=judge, progress=False, **more)
+
+
+def live(folder, kind, seconds=None):
     "One life of the training in a forked child; killed after so many seconds. True when it ended by itself."
     child = os.fork()
     if child == 0:
         try:
-            train(make_net(), loss_fn, batches, CONFIG, folder, validate=validate, progress=False)
+            train_kind(kind, folder)
             os._exit(0)
         finally:
             os._exit(1)
@@ -68,12 +113,12 @@ def fingerprint(folder):
     return [hash_tensors(tensors), hash_tensors(best), notes, p["step"], p["best_step"], p["window"], curves]
 
 
-def main(home, trials, kills_each):
+def main(home, kind, trials, kills_each):
     make_accelerator(CONFIG)                                    # its imports, before the first fork
     length = float("inf")
     for name in ("whole", "again"):                             # the first one also warms up
         began = time.monotonic()
-        live(f"{home}/{name}")
+        live(f"{home}/{name}", kind)
         length = min(length, time.monotonic() - began)
     expected = fingerprint(f"{home}/whole")
     equal = kills = 0
@@ -81,12 +126,12 @@ def main(home, trials, kills_each):
     for trial in range(trials):
         rng, folder = random.Random(trial), f"{home}/{trial}"
         for _ in range(kills_each):
-            kills += not live(folder, rng.uniform(0, 0.7 * length / kills_each))       # a life goes on where the last one ended
-        live(folder)
+            kills += not live(folder, kind, rng.uniform(0, 0.7 * length / kills_each))     # a life resumes where the last one ended
+        live(folder, kind)
         equal += fingerprint(folder) == expected
         left |= {p.name for p in Path(folder).iterdir()}
     print(json.dumps({"equal": equal, "kills": kills, "left": sorted(left)}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
