@@ -112,7 +112,7 @@ def test_other_inputs_are_refused_in_one_line():
     net = Backbone(BackboneConfig.tiny())
     with pytest.raises(NetworkInputError, match=r"found \(1, 3, 16, 16\)"):
         net(torch.zeros(1, 3, 16, 16), 0, torch.zeros(1, 16))
-    with pytest.raises(NetworkInputError, match="16 numbers a picture"):
+    with pytest.raises(NetworkInputError, match="16 numbers per image"):
         net(torch.zeros(1, 1, 16, 16), 0, torch.zeros(1, 4, 16))
     with pytest.raises(NetworkInputError, match="wrong prompt"):
         net(torch.zeros(1, 1, 16, 16), 0)

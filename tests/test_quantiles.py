@@ -8,7 +8,7 @@ from toys import TINY, make_weights, save_toy, shake
 from fluogen.core import make_generator
 from fluogen.diffusion.direct import DirectConfig, restore_direct
 from fluogen.models.quantile_heads import (
-    OUTPUTS, HeadsConfig, IntervalChain, QuantileError, QuantileHeads, direct_heads_loss, pinball, quantile_pictures,
+    OUTPUTS, HeadsConfig, IntervalChain, QuantileError, QuantileHeads, direct_heads_loss, pinball, quantile_images,
     restore_direct_interval, run_three_chains, velocity_heads_loss, with_heads)
 from fluogen.diffusion.samplers import sample_ddim, sample_dpmpp_2m
 from fluogen.diffusion.schedule import Schedule, trailing_grid
@@ -61,7 +61,7 @@ def test_lower_velocity_is_the_brighter_picture(sample):
     constant = lambda x, t: torch.zeros(len(x), 3, *x.shape[-2:]) + torch.tensor([-0.2, 0.0, 0.2]).view(1, 3, 1, 1)
     for at, start in ((0, 999), (1, 499), (3, 249)):
         x = torch.randn(1, 1, 8, 8, generator=make_generator(at, "x"))
-        lower, mean, upper = quantile_pictures(schedule, x, constant(x, start), start)
+        lower, mean, upper = quantile_images(schedule, x, constant(x, start), start)
         assert bool((lower < mean).all() and (mean < upper).all())
         assert torch.allclose(upper - mean, 0.2 * schedule.noise(start).expand_as(mean), atol=1e-5)
     three = run_three_chains(constant, [torch.zeros(1, 1, 8, 8)] * 3, schedule, trailing_grid(schedule, 4), sample)
@@ -70,7 +70,7 @@ def test_lower_velocity_is_the_brighter_picture(sample):
 
 def test_crossed_heads_are_sorted():
     x, v = torch.zeros(1, 1, 4, 4), torch.tensor([0.5, 0.0, -0.5]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    lower, mean, upper = quantile_pictures(Schedule(), x, v, 999)
+    lower, mean, upper = quantile_images(Schedule(), x, v, 999)
     assert bool((lower < upper).all())
 
 

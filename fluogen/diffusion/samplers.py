@@ -84,15 +84,15 @@ def _log_snr(abar: float) -> float:
 SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpmpp_2m": sample_dpmpp_2m}
 
 # %% ../../nbs/lib/diffusion/20_samplers.ipynb #a33558a0
-BLOCK_PX = 64       # side of a noise block; changing it changes every picture
+BLOCK_PX = 64       # side of a noise block; changing it changes every image
 
 
 class NoiseField:
-    "Standard normal noise over a whole picture, the same for every tiling, batch and device."
+    "Standard normal noise over a whole image, the same for every tiling, batch and device."
     def __init__(self,
         seed: int,              # the run's seed
-        key: str,               # the picture: `fluogen.core.hash_array` of the input, or a prompt and a number
-        shape: tuple,           # (C,H,W) of the picture
+        key: str,               # the image: `fluogen.core.hash_array` of the input, or a prompt and a number
+        shape: tuple,           # (C,H,W) of the image
     ):
         self.seed, self.key, self.shape = seed, key, tuple(shape)
 
