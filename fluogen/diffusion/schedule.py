@@ -88,7 +88,7 @@ class Schedule:
         return eps if self.config.objective == "eps" else x0
 
     def split(self, x_t, output, t):
-        "From the network's answer to (x0, eps)."
+        "From the network's prediction to (x0, eps)."
         signal, noise = self.signal(t), self.noise(t)
         if self.config.objective == "v":
             return signal * x_t - noise * output, noise * x_t + signal * output
@@ -117,7 +117,7 @@ def logsnr_grid(
     schedule: Schedule,
     n: int,                     # number of network evaluations, 1..T
     start_noise: float = 0.9995,  # amplitude of noise of the first step after pure noise
-    last: int = 8,              # time of the last pass
+    last: int = 8,              # time of the last network evaluation
 ) -> list[int]:                 # falling times, each once
     "Even in log SNR, after a first step at pure noise. Source: Lu et al. 2022 (DPM-Solver++), section 5."
     _check_count(schedule, n)

@@ -33,7 +33,7 @@ def pinball(
 
 # %% ../../nbs/lib/models/40_quantile_heads.ipynb #9d67d202
 class QuantileError(FluogenError):
-    "Heads that do not fit a network, or a request that they cannot answer."
+    "Heads that do not fit a network, or a request that they cannot serve."
 
 
 OUTPUTS = {"velocity": ("lower", "upper"), "direct": ("below", "above", "error")}
@@ -43,7 +43,7 @@ BEGIN = -2.2522         # softplus of it is 0.1, model range
 @dataclass(frozen=True)
 class HeadsConfig(JsonConfig):
     "What heads stand on, and which quantiles they say; invalid combinations raise `NetworkConfigError`."
-    kind: str = "direct"            # "velocity": beside the prediction of a chain; "direct": beside a one-pass restorer
+    kind: str = "direct"            # "velocity": beside the prediction of a sampler; "direct": beside a one-step restorer
     features: int = 48              # channels of the network's last features
     factor: int = 2                 # of the network's stem: pixels per feature along each axis
     hidden: int = 48                # channels between two convolutions; 0: one convolution, as in the paper
@@ -97,8 +97,8 @@ class QuantileHeads(nn.Module):
 def with_heads(
     backbone,           # frozen `Backbone`
     heads,              # `QuantileHeads` of kind velocity
-):                      # -> callable like the backbone, answering (B, 3, H, W): lower, prediction, upper
-    "The backbone's prediction between those of its heads, from one pass."
+):                      # -> callable like the backbone, returning (B, 3, H, W): lower, prediction, upper
+    "The backbone's prediction between those of its heads, from one network evaluation."
     if heads.config.kind != "velocity":
         raise QuantileError("these heads drive no chain", where="heads", found=heads.config.kind, expected="velocity")
 
@@ -117,7 +117,7 @@ class Quantiles(NamedTuple):
 
 
 def quantile_images(
-    schedule,                   # `Schedule` of the chain
+    schedule,                   # `Schedule` of the process
     x_t: torch.Tensor,          # (B, 1, H, W) noisy image
     velocities: torch.Tensor,   # (B, 3, H, W) lower, prediction, upper; see `with_heads`
     t: int,
@@ -128,18 +128,18 @@ def quantile_images(
 
 # %% ../../nbs/lib/models/40_quantile_heads.ipynb #449b4fd6
 class IntervalChain:
-    "What drives a sampler while the quantiles seen at one time are kept: one chain instead of three."
+    "What drives a sampler while the quantiles seen at one time are kept: one sampling trajectory instead of three."
     def __init__(self,
         predict_all,            # callable (x, t) -> (B, 3, H, W), e.g. of `with_heads`
         schedule,               # `Schedule`
-        time: int,              # one of the chain's times: the pass whose heads are read
+        time: int,              # one of the sampler's times: the step whose heads are read
     ):
         self.predict_all, self.schedule, self.time, self.kept = predict_all, schedule, time, []
 
     def __call__(self, x, t):   # -> (B, 1, H, W): the prediction
         velocities = self.predict_all(x, t)
         if t == self.time:
-            self.kept.append(quantile_images(self.schedule, x, velocities, t))     # one a chain
+            self.kept.append(quantile_images(self.schedule, x, velocities, t))     # one per trajectory
         return velocities[:, 1:2]
 
 
@@ -148,7 +148,7 @@ def run_three_chains(
     starts: list,               # three (B, 1, H, W), as in the paper unrelated
     schedule, times: list, sample=sample_ddim,
 ) -> Quantiles:
-    "What the paper does: three chains, each driven by its own head. Three times the passes; kept for comparison."
+    "The paper's way, kept for comparison: three sampling trajectories, each driven by its own head, at three times the cost."
     bright, mean, dark = (sample(lambda x, t, i=i: predict_all(x, t)[:, i:i + 1], start, schedule, times)
                           for i, start in enumerate(starts))
     return Quantiles(torch.minimum(dark, bright), mean, torch.maximum(dark, bright))
@@ -166,7 +166,7 @@ def restore_direct_interval(
     prompt_states: torch.Tensor,    # (B,D) or (B,77,D)
     schedule, config,               # as `fluogen.diffusion.direct.restore_direct`
 ) -> tuple[torch.Tensor, dict]:     # (B,1,H,W) model range; {"below", "above", "error"}: (B,1,H,W) >= 0
-    "The posterior mean and what its heads say of it, from one pass of `restore_direct`."
+    "The posterior mean and what its heads predict of it, from one evaluation of `restore_direct`."
     if heads.config.kind != "direct":
         raise QuantileError("these heads stand on no direct pass", where="heads", found=heads.config.kind, expected="direct")
     maps = {}
@@ -191,8 +191,8 @@ def velocity_heads_loss(
 
 def direct_heads_loss(
     heads, features: torch.Tensor,      # (B, features, h, w), without gradient
-    x0: torch.Tensor,                   # (B,1,H,W) the network's answer, model range
-    target: torch.Tensor,               # (B,1,H,W) the truth, model range
+    x0: torch.Tensor,                   # (B,1,H,W) the network's prediction, model range
+    target: torch.Tensor,               # (B,1,H,W) the ground truth, model range
     scale=1,                            # (B,1,H,W) of `noise_scale`, where the noise is known
 ) -> torch.Tensor:                      # scalar
     "Pinball losses of the two sides, and the squared error of the error's size (Angelopoulos et al. 2022)."
