@@ -94,7 +94,8 @@ def fit(
                            accumulate=config.accumulate, checkpoint_minutes=0.5, validate_every=config.validate_every,
                            patience=config.patience,
                            channels_last=True, device="cpu" if device.type == "cpu" else "auto")
-    result = train(fitter.modules, fitter.loss, lambda step: draw_crops(pairs, step, config.seed, config.batch, config.crop_px),
+    loss = getattr(fitter, "phases", None) or fitter.loss       # several optimisers, or one
+    result = train(fitter.modules, loss, lambda step: draw_crops(pairs, step, config.seed, config.batch, config.crop_px),
                  settings, folder, validate=lambda modules, step: judge_fit(fitter, modules, validation), callback=callback,
                    progress=progress, facts=facts)
     load_trained(fitter.modules, folder, "best")
