@@ -11,10 +11,9 @@ import pytest
 from counts import Operations, files_opened
 from toys import save_toy
 
-from fluogen.cli import console as say, main as cli
+from fluogen.cli import console as say, doctor, main as cli
 from fluogen.io.image import read_image, write_image
 from fluogen.models import zoo
-from fluogen.cli import doctor
 
 
 @pytest.fixture(scope="module")

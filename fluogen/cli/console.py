@@ -17,7 +17,7 @@ def say(text: str) -> None:
 
 
 class Progress:
-    "How much of an image is done, and how long still."
+    "How much of an image is done, and how long the rest will take."
     def __init__(self, total: int):
         self.number, self.total, self.source, self.shown = 0, total, None, 0.0
 

@@ -20,7 +20,7 @@ class Fact(NamedTuple):
     "One thing about this machine."
     name: str
     value: str
-    mend: str = ""
+    repair: str = ""
     missing: bool = False
 
 
@@ -35,8 +35,8 @@ def list_packages(packages=PACKAGES) -> Iterator[Fact]:
         try:
             yield Fact(name, version(name))
         except PackageNotFoundError:
-            mend = f'pip install "fluogen[{extra}]"' if extra else "pip install --force-reinstall fluogen"
-            yield Fact(name, "absent, optional" if extra else "absent", mend, missing=extra is None)
+            repair = f'pip install "fluogen[{extra}]"' if extra else "pip install --force-reinstall fluogen"
+            yield Fact(name, "absent, optional" if extra else "absent", repair, missing=extra is None)
 
 # %% ../../nbs/lib/cli/30_doctor.ipynb #622d4b70
 def try_device(name: str = "auto") -> Fact:
