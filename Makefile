@@ -44,7 +44,7 @@ demo: $(STAMP)
 	@mkdir -p runs
 	@$(PAPER) nbs/fig4_sr.ipynb runs/fig4_sr.ipynb -p profile laptop </dev/null
 	@echo
-	@echo 'Look at  figures/fig4_sr/laptop/figure.png   the picture'
+	@echo 'Look at  figures/fig4_sr/laptop/figure.png   the figure'
 	@echo '         figures/fig4_sr/laptop/claims.json  what was claimed, expected and measured'
 	@echo '         runs/fig4_sr.ipynb                  the notebook as it ran'
 	@echo 'Next:    $(PY) -m jupyter lab nbs/fig4_sr.ipynb   change a parameter and run it again'
@@ -76,30 +76,20 @@ bench: $(STAMP)
 	@echo 'A limit that was missed on a busy machine means little: run it again, or a part: $(PY) benchmarks/times.py lessons'
 
 weights: $(STAMP)
-	@echo 'The shipped weights lie in fluogen/weights/, each with its card (recipe, data, seed, minutes, hardware, scores):'
+	@echo 'The weights on this machine, each with a card (recipe, data, seed, minutes, hardware, scores):'
 	@.venv/bin/fluogen weights
 	@echo
-	@echo 'How each was made, in this order; every command goes on where it stopped (checkpoints in runs/):'
-	@echo '  .venv/bin/fluogen train nano --real MANIFEST...  the prior: all structures and prompts; real images of an open licence where given'
-	@echo '  .venv/bin/fluogen train nano-generate            the prior trained on, for pictures from prompts'
-	@echo '  .venv/bin/fluogen train nano-sr-direct           super-resolution in one pass'
-	@echo '  .venv/bin/fluogen train nano-sr                  super-resolution by the control branch: samples'
-	@echo '  .venv/bin/fluogen train nano-denoise             denoising, every exposure'
-	@echo '  .venv/bin/fluogen train nano-denoise-samples     denoising by the control branch: samples'
-	@echo '  .venv/bin/fluogen train heads                    intervals of super-resolution and denoising, calibrated (figure 9)'
-	@echo '  .venv/bin/fluogen train encoder                  features in which pictures are graded (figure 3)'
-	@echo '  .venv/bin/fluogen train score-prior              what the prior draws, graded (figure 3)'
-	@echo '  .venv/bin/fluogen train brightness               the networks of the brightness bias (figure 3b)'
-	@echo '  .venv/bin/fluogen train nano-sr-simulated --steps 20000   as long as nano-sr-direct, without the prior; not shipped'
-	@echo '  .venv/bin/fluogen train bench30                  the columns of figure 4'
-	@echo '  .venv/bin/fluogen train bench30 --methods prior simulated untuned many rcan-9   where its gain comes from'
-	@echo '  .venv/bin/fluogen train bench-denoise            all that figure 5 compares'
-	@echo '  .venv/bin/fluogen train bench-pairs              the curve of figure 5b'
-	@echo '--minutes is the time box of one call; on a GPU the same commands take larger steps.'
+	@echo 'How those that are shipped were made, in this order; every command resumes where it stopped (checkpoints in runs/):'
+	@.venv/bin/fluogen train --list
+	@echo
+	@echo 'What the figures compare, measured again:'
+	@.venv/bin/fluogen benchmark --list
+	@echo
+	@echo '--minutes is the time limit of one call; on a GPU the same commands take larger steps.'
 
 docs: $(STAMP)
 	@$(PY) .ci/docs.py site
-	@$(PY) -m mkdocs build --quiet
+	@$(PY) -m mkdocs build --quiet -f build/mkdocs.yml
 	@echo 'Open site/index.html in a browser.'
 
 readme: $(STAMP)

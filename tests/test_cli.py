@@ -1,4 +1,5 @@
 "The command line: quick to answer, one line for a mistake, results on one stream and talk on the other."
+import inspect
 import io
 import re
 import subprocess
@@ -300,19 +301,90 @@ def test_train_hands_its_options_on(run, monkeypatch, tmp_path):
     from fluogen.recipes import prior, super_resolution as recipes
     calls = []
     for module, name in ((prior, "train_prior"), (recipes, "train_sr")):
-        monkeypatch.setattr(module, name, lambda out, work, **more: calls.append((out, work, more)) or out)
+        own = {key: about.default for key, about in inspect.signature(getattr(module, name)).parameters.items()}
+        monkeypatch.setattr(module, name, lambda out, work, own=own, **more: calls.append((out, work, own | more, more)) or out)
     options = ["--out", tmp_path, "--work", tmp_path / "w", "--minutes", "2.5", "--seed", "3",
                "--device", "cpu"]
     code, out, err = run("train", "nano", *options)
     assert code == 0 and out == f"{tmp_path / 'fluogen-nano'}\n" and f"--model {out.strip()}" in err[0]
-    assert calls.pop() == (tmp_path / "fluogen-nano", tmp_path / "w" / "nano",
-                           {"device": "cpu", "seed": 3, "minutes": 2.5, "start": None, "steps": None, "lr": 5e-4, "real": (), "recipe": "nano"})
+    out, work, all_of_it, given = calls.pop()
+    assert (out, work) == (tmp_path / "fluogen-nano", tmp_path / "w" / "nano")
+    assert given == {"device": "cpu", "seed": 3, "minutes": 2.5, "recipe": "nano"}             # the rest is the function's own default
+    expected = {"device": "cpu", "seed": 3, "minutes": 2.5, "start": None, "steps": None, "lr": 5e-4, "real": (), "recipe": "nano"}
+    assert expected.items() <= all_of_it.items()
+    run("train", "nano", *options, "--steps", "9", "--rate", "0.1", "--start", "mine", "--real", "a", "b")
+    assert calls.pop()[3] == given | {"steps": 9, "lr": 0.1, "start": "mine", "real": ["a", "b"]}
     run("train", "nano-generate", *options)
-    out, work, more = calls.pop()
+    out, work, more, _ = calls.pop()
     assert (out, work, more["start"]) == (tmp_path / "nano-generate", tmp_path / "w" / "nano-generate", "fluogen-nano")
-    for recipe in ("nano-sr", "nano-sr-direct"):
+    run("train", "nano-generate", *options, "--start", "mine")
+    assert calls.pop()[2]["start"] == "mine"
+    for recipe in ("nano-sr", "nano-sr-direct", "nano-sr-simulated"):
         run("train", recipe, *options)
-        out, work, more = calls.pop()
+        out, work, more, _ = calls.pop()
         assert (out, work) == (tmp_path / recipe, tmp_path / "w" / recipe)
-        assert more["adaptation"] == ("direct" if recipe.endswith("direct") else "control")
-        assert more["base"] == "fluogen-nano"
+        assert more["adaptation"] == ("control" if recipe == "nano-sr" else "direct")
+        assert more["base"] == "fluogen-nano" and more["generative"] is (recipe != "nano-sr-simulated")
+
+
+# ---- the tables of commands, recipes and benchmarks
+
+def test_every_recipe_and_benchmark_explains_its_own_options(run):
+    from fluogen.experiments.run import BENCHMARKS
+    from fluogen.recipes.catalog import RECIPES
+    for verb, table in (("train", RECIPES), ("benchmark", BENCHMARKS)):
+        listed = run(verb, "--list")[1]
+        for name, entry in table.items():
+            assert re.search(rf"^fluogen {verb} {name} .*{re.escape(entry.help)}$", listed, re.M)
+            code, out, err = run(verb, name, "--help")
+            assert code == 0 and err == [] and out.startswith(f"usage: fluogen {verb} {name} ")
+            assert set(re.findall(r"^  (?:-h, )?--([\w-]+)", out, re.M)) == {"help", "out", "work", *entry.options}
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["train", "nano-sr", "--per-prompt", "8"], "no such option: --per-prompt 8 (known to fluogen benchmark generation)"),
+    (["train", "encoder", "--device=cpu"], "known to fluogen train nano, fluogen train nano-generate,"),
+    (["train", "nano-sr", "--real", "x"], "(known to fluogen train nano, fluogen train nano-generate)"),
+    (["benchmark", "sample-size", "--dataset", "x"], "(known to fluogen benchmark sr, fluogen benchmark denoise)"),
+    (["train", "nano", "--nonsense"], "fluogen train nano: no such option: --nonsense. See"),
+    (["train", "--minutes", "5", "nano"], "the RECIPE comes first, then its options (found --minutes)"),
+    (["benchmark", "--seeds", "5", "sr"], "the NAME comes first"), (["benchmark"], "NAME"), (["benchmark", "bench30"], "invalid choice"),
+    (["train", "bench30", "--methods", "x"], "bench30 is now: fluogen benchmark sr."), (["train", "bench-denoise"], "fluogen benchmark denoise."),
+    (["train", "bench-pairs"], "fluogen benchmark sample-size."), (["train", "score-prior"], "fluogen benchmark generation."),
+    (["train", "brightness"], "fluogen benchmark brightness."), (["benchmark", "sr", "--workers", "0"], "1 or more")])
+def test_an_option_of_another_recipe_is_refused_with_its_owners(run, arguments, says):
+    code, out, err = run(*arguments)
+    assert code == 2 and out == "" and len(err) == 1 and says in err[0] and "--help" in err[0]
+
+
+def test_older_flags_are_accepted_and_not_shown(run):
+    from fluogen.cli.parser import make_parser
+    parse = make_parser("0").parse_args
+    for old, new, name in ((["restore", "a", "b", "--passes", "3"], ["restore", "a", "b", "--steps", "3"], "passes"),
+                           (["calibrate", "m", "--passes", "3"], ["calibrate", "m", "--steps", "3"], "passes"),
+                           (["check", "m", "--mend", "o"], ["check", "m", "--align", "o"], "mend"),
+                           (["finetune", "m", "--name", "x", "--free", "lora"], ["finetune", "m", "--name", "x", "--peft", "lora"], "free")):
+        assert parse(old) == parse(new) and f"--{name}" not in run(old[0], "--help")[1]
+    assert parse(["restore", "a", "b"]).steps == parse(["calibrate", "m"]).steps == 4 and parse(["check", "m"]).align is None
+    assert parse(["finetune", "m", "--name", "x"]).peft == "all"
+
+
+def test_a_new_subpackage_adds_a_command_by_one_entry(run, monkeypatch):
+    "Its functions are named as text: nothing of it is imported before it is called."
+    from types import ModuleType
+    from fluogen.cli import parser
+    new = ModuleType("new_system")
+    new.add = lambda command: command.add_argument("--depth", type="count", default=2)
+    new.run = lambda args, log: log(f"depth {args.depth}") or 0
+    monkeypatch.setitem(parser.COMMANDS, "dive", parser.Command("", "look below", "nothing", "new_system:run", "new_system:add"))
+    assert "look below" in run("--help")[1] and run("dive")[0] == 2             # no such module yet: one line
+    monkeypatch.setitem(sys.modules, "new_system", new)
+    assert run("dive", "--depth", "3") == (0, "", ["depth 3"])
+
+
+@pytest.mark.parametrize("module", ["fluogen", "fluogen.cli.main"])
+def test_python_m(module):
+    for arguments, code in ((["--version"], 0), (["restore"], 2), (["weights", "no-such"], 2)):
+        done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == code and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == (code > 0)
+        assert done.stdout == (f"fluogen {cli.__version__}\n" if not code else "")

@@ -1,4 +1,5 @@
 "fluogen calibrate and fluogen restore --interval: one line for a mistake, no map without a calibration."
+import inspect
 import json
 import re
 from dataclasses import replace
@@ -167,8 +168,9 @@ def test_help_says_what_lies_beside_what(run):
 
 
 def test_train_heads_hands_its_options_on(run, monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(heads, "train_heads", lambda out, work, **more: calls.append((out, work, more)) or [out / "x-heads"])
+    calls, models = [], inspect.signature(heads.train_heads).parameters["models"].default
+    monkeypatch.setattr(heads, "train_heads", lambda out, work, models=models, **more:
+                        calls.append((out, work, more | {"models": models})) or [out / "x-heads"])
     code, out, err = run("train", "heads", "--out", tmp_path, "--work", tmp_path / "w", "--minutes", "3", "--models", "a", "b", "--device", "cpu")
     assert code == 0 and out == f"{tmp_path / 'x-heads'}\n" and "--interval" in err[0]
     assert calls[0][:2] == (tmp_path, tmp_path / "w" / "heads") and calls[0][2]["models"] == ["a", "b"] and calls[0][2]["minutes"] == 3

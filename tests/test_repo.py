@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from tree import (ROOT, copy_tree, figure_notebooks, library_notebooks, load, modules, name_of, source, tracked,
+from tree import (BY_HAND, ROOT, copy_tree, figure_notebooks, library_notebooks, load, modules, name_of, source, tracked,
                   under)
 
 MIB = 2**20
@@ -45,7 +46,7 @@ def exported(tmp_path_factory):
     "A copy of the tree in which fluogen/ was written anew from the notebooks, and the notebooks were cleaned."
     top = copy_tree(tmp_path_factory.mktemp("tree"), "nbs", "fluogen", "settings.ini", "pyproject.toml")
     for path in top.glob("fluogen/**/*.py"):
-        if path.name != "__init__.py":
+        if path.name not in ("__init__.py", "__main__.py"):
             path.unlink()
     done = run("-c", "from nbdev.doclinks import nbdev_export as e; from nbdev.clean import nbdev_clean as c; e(); c()", cwd=top)
     assert done.returncode == 0, done.stderr
@@ -98,6 +99,15 @@ def test_one_notebook_one_module_and_no_orphans():
 def test_packages_have_their_init():
     folders = {path.parent for path in modules()}
     assert all((folder / "__init__.py") in tracked() for folder in folders)
+
+
+def test_what_is_written_by_hand_defines_nothing():
+    "`fluogen/__main__.py`, for `python -m fluogen`, and the packages' `__init__.py`."
+    found = [path for path in under("fluogen", ".py") if path.name in BY_HAND and path.name != "_modidx.py"]
+    assert [name_of(path) for path in found if path.name == "__main__.py"] == ["fluogen/__main__.py"]
+    for path in found:
+        assert len(path.read_text().splitlines()) <= 6
+        assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
 
 
 # ---- notebooks
@@ -179,6 +189,52 @@ def test_module_form(path):
 def test_pyflakes_is_content():
     done = run("-m", "pyflakes", *map(str, modules()), *map(str, under("tests", ".py")))
     assert done.stdout + done.stderr == ""
+
+
+def imports_of(path) -> set[str]:
+    "Modules of fluogen that a module imports, as `room.name`, also inside functions."
+    here = ["fluogen", *path.relative_to(ROOT / "fluogen").with_suffix("").parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[:-node.level] + (node.module.split(".") if node.module else [])
+            names = [base] if node.module else [base + [alias.name] for alias in node.names]
+            for target in names + ([base + [alias.name] for alias in node.names] if node.module else []):
+                if (ROOT.joinpath(*target).with_suffix(".py")).is_file():
+                    found.add(".".join(target[1:]))
+    return found
+
+
+def test_rooms_import_only_from_rooms_above():
+    graph = {".".join(path.relative_to(ROOT / "fluogen").with_suffix("").parts): imports_of(path) for path in modules()}
+    graph = {name: needs & graph.keys() for name, needs in graph.items()}
+    rank = {name: ROOMS.index(name.split(".")[0]) for name in graph}
+    assert [f"{name} <- {other}" for name in graph for other in graph[name] if rank[other] > rank[name]] == []
+    left = dict(graph)                        # take away what needs nothing that is left: a circle remains
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}, "modules that import each other in a circle"
+    assert graph["core"] == set()
+
+
+LATE = {"cli.parser", "recipes.catalog", "experiments.run"}      # modules with a table of functions as text: the one exception to the ladder
+
+
+def test_late_names_stand_in_the_tables_alone_and_lead_somewhere():
+    from fluogen.cli.parser import COMMANDS
+    from fluogen.core import resolve
+    from fluogen.experiments.run import BENCHMARKS
+    from fluogen.recipes.catalog import RECIPES
+    named = [name for command in COMMANDS.values() for name in (command.run, command.options) if name]
+    named += [entry.function for table in (RECIPES, BENCHMARKS) for entry in table.values()]
+    assert len(named) >= 30 and all(callable(resolve(name)) for name in named)
+    guilty = []
+    for path in modules():
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        where = ".".join(path.relative_to(ROOT / "fluogen").with_suffix("").parts)
+        guilty += [f"{where}: {text}" for text in texts if re.fullmatch(r"fluogen(\.\w+)+:\w*", text) and where not in LATE]
+    assert guilty == [], "name functions as text in a table of this list, import them elsewhere"
 
 
 @each_module
@@ -290,6 +346,26 @@ def test_readme_is_made_from_the_tour():
     assert (ROOT / "README.md").read_text() == docs_tool().make_readme(), "run make readme and commit"
 
 
+def test_the_tour_lists_the_commands_of_today_and_the_subpackages():
+    from fluogen.cli.parser import list_commands
+    text = "\n".join(source(cell) for cell in load(ROOT / "nbs" / "index.ipynb")["cells"])
+    assert list_commands() in text and list_commands() in (ROOT / "README.md").read_text(), "run make readme and commit"
+    folders = [name for name in ROOMS if (ROOT / "nbs" / "lib" / name).is_dir()]
+    assert ", ".join(f"`{name}`" for name in folders) in " ".join(text.split())
+
+
+def test_the_site_follows_the_ladder():
+    tool = docs_tool()
+    assert [name for name in tool.LADDER if name in ROOMS] == ROOMS
+    first, *parts = tool.make_navigation(under("nbs", ".ipynb"))
+    names = [name for part in parts for name in part]
+    assert first == "index.md" and names[2:] == [name for name in ROOMS if name in names] and len(names) >= 17
+    pages = [page for part in parts for found in part.values() for page in found]
+    assert len(pages) + 1 == len(set(pages)) + 1 == len(under("nbs", ".ipynb"))
+    for part in parts[2:]:
+        assert (numbers := [int(Path(page).name.split("_")[0]) for page in next(iter(part.values()))]) == sorted(numbers)
+
+
 def test_readme_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
     assert len(links) >= 3 and [link for link in links if not (ROOT / link).exists()] == []
@@ -303,9 +379,31 @@ def test_readme_commands_exist():
     assert notebooks and [path for path in notebooks if path.endswith(".ipynb") and not (ROOT / path).exists()] == []
     folders = {Path(path).parent for path in re.findall(r"papermill \S+\.ipynb (\S+\.ipynb)", text)}           # papermill makes none
     assert folders and [folder for folder in folders if not any(path.parent == ROOT / folder for path in tracked())] == []
-    said = run("-c", "from fluogen.cli import main; main(['--help'])").stdout
+    said = run("-m", "fluogen", "--help").stdout
     commands = set(re.findall(r"(?:^|`|bin/)fluogen (\w+)", text, re.M))
     assert commands and [command for command in commands if not re.search(rf"\b{command}\b", said)] == []
+
+
+def test_readme_commands_are_understood():
+    "Every command line of the README that is not a line of a table of forms (`IN OUT`) is parsed, its options included."
+    from fluogen.cli.parser import COMMANDS, make_parser
+    forms = {f"fluogen {name} {command.usage}".strip() for name, command in COMMANDS.items()}
+    lines = re.findall(r"(?:^|`)(fluogen [^`\n#]+)", (ROOT / "README.md").read_text(), re.M)
+    lines = [line.strip() for line in lines if line.strip() not in forms]
+    words = [shlex.split(line)[1:] for line in lines]
+    words = [line for line in words if len(line) > 1 and line[-1] not in ("--help", "--list")]
+    assert len(words) >= 10
+    for line in words:
+        assert make_parser("0").parse_args(line).command == line[0]
+
+
+def test_recipes_and_benchmarks_that_texts_name_exist():
+    from fluogen.experiments.run import BENCHMARKS
+    from fluogen.recipes.catalog import RECIPES
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *under("nbs", ".ipynb"), *modules()]
+    for verb, table in (("train", RECIPES), ("benchmark", BENCHMARKS)):
+        named = {(name_of(path), name) for path in texts for name in re.findall(rf"fluogen {verb} ([a-z][\w-]*)", path.read_text())}
+        assert len(named) >= 3 and [(where, name) for where, name in sorted(named) if name not in table] == []
 
 
 def test_make_explains_itself():
@@ -333,10 +431,12 @@ def test_committed_manifests_validate():
     assert [error for path in under("data_manifests", ".jsonl") for error in validate(path)] == []
 
 
-def test_the_makefile_recipes_exist():
+def test_make_weights_shows_the_tables():
     "What `make weights` prints is what the command knows."
-    text = (ROOT / "Makefile").read_text()
-    said = run("-c", "from fluogen.cli import main; main(['train', '--help'])").stdout
-    said = re.sub(r"-\n\s+", "-", said)                             # argparse breaks lines at hyphens
-    recipes = re.findall(r"fluogen train (?!RECIPE)([\w-]+)", text)
-    assert recipes and [name for name in recipes if not re.search(rf"\b{name}\b", said)] == []
+    from fluogen.experiments.run import BENCHMARKS
+    from fluogen.recipes.catalog import RECIPES
+    rule = re.search(r"^weights:.*?\n\n", (ROOT / "Makefile").read_text(), re.M | re.S)[0]
+    for verb, table in (("train", RECIPES), ("benchmark", BENCHMARKS)):
+        assert f"bin/fluogen {verb} --list" in rule
+        listed = re.findall(rf"^fluogen {verb} ([\w-]+)", run("-m", "fluogen", verb, "--list").stdout, re.M)
+        assert listed and listed == list(table)

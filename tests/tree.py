@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+BY_HAND = ("__init__.py", "__main__.py", "_modidx.py")      # no notebook exports them; the first two define nothing (test_repo.py)
 
 
 @cache
@@ -37,7 +38,7 @@ def figure_notebooks() -> list[Path]:
 
 
 def modules() -> list[Path]:
-    return [path for path in under("fluogen", ".py") if path.name not in ("__init__.py", "_modidx.py")]
+    return [path for path in under("fluogen", ".py") if path.name not in BY_HAND]
 
 
 def load(notebook: Path) -> dict:

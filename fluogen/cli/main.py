@@ -214,10 +214,10 @@ def run_doctor(args, log) -> int:
 # %% ../../nbs/lib/cli/40_main.ipynb #52a2f578
 def main(arguments: list[str] | None = None) -> int:
     "Entry point of `fluogen`; see the table of exit codes."
-    args = make_parser(__version__).parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, category, *rest: say(f"note: {message}")
         try:
+            args = make_parser(__version__).parse_args(arguments)
             return resolve(COMMANDS[args.command].run)(args, say)
         except BrokenPipeError:                             # the reader of a pipe had enough
             sys.stderr.close()
