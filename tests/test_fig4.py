@@ -146,7 +146,7 @@ def test_the_test_fields_come_from_other_optics():
 
 
 def test_the_shipped_record_is_whole():
-    record = read_record("bench30", "bench30")
+    record = read_record("bench30", "sr")
     assert len(record["seeds"]) >= 3
     for kind in scoring.FIELD_KINDS:
         for method in (*bench30.SR_LEARNED, "direct"):

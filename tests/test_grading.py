@@ -93,7 +93,7 @@ def test_copies_are_looked_for_in_the_scenes_of_every_training(monkeypatch):
 def test_no_grades_is_one_line(toy, monkeypatch, tmp_path):
     monkeypatch.setattr("fluogen.models.zoo.weight_folders", lambda: [tmp_path])
     record, why = open_grades("a@1")
-    assert record is None and "fluogen train score-prior" in why and "\n" not in why
+    assert record is None and "fluogen benchmark generation" in why and "\n" not in why
     with pytest.raises(GradingError, match="multiple of 4"):
         grading.grade_prior(tmp_path, tmp_path, per_prompt=10)
     with pytest.raises(GradingError, match="learned from is not known"):

@@ -19,11 +19,11 @@ def test_the_first_shelf_counts(shelves):
     write_json(shelves[1] / "bench" / "scores.json", {"from": "cache"})
     assert find_record("bench") == {"from": "cache"} and find_record("bench", "real") is None
     write_json(shelves[0] / "bench" / "scores.json", {"from": "package"})
-    assert read_record("bench", "bench30") == {"from": "package"}
+    assert read_record("bench", "sr") == {"from": "package"}
 
 
 def test_what_is_missing_names_its_recipe(shelves):
-    with pytest.raises(RecordError, match=r"brightness/scores\.json.*fluogen train brightness") as caught:
+    with pytest.raises(RecordError, match=r"brightness/scores\.json.*fluogen benchmark brightness") as caught:
         read_record("brightness", "brightness")
     assert "\n" not in str(caught.value)
 

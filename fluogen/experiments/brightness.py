@@ -81,7 +81,7 @@ def train_process(
     card = {"summary": f"Figure 3b: a small network that predicts {WORDS[process]}. For the comparison, not for use.",
             "data": "Simulated scenes of the paper's prompts, 64² crops.",
             "licence": "Apache-2.0; the training data are simulated by this package.",
-            "recipe": f"fluogen train brightness --seeds {seed}",
+            "recipe": f"fluogen benchmark brightness --seeds {seed}",
             "training": training_facts(result, crops, torch.device("cpu")), "scores": "see brightness/scores.json",
             "limits": "Trained for minutes; its pictures are poor on purpose."}
     return save_weights(out, {name: module.state_dict() for name, module in modules.items()}, about, card,

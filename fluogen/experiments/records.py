@@ -28,7 +28,7 @@ def read_record(folder: str, recipe: str, name: str = "scores") -> dict:
     "The record `folder/name.json`; raises `RecordError` with the recipe that makes it."
     record = find_record(folder, name)
     if record is None:
-        raise RecordError("no recorded scores", where=f"{folder}/{name}.json", hint=f"Make them with: fluogen train {recipe}.")
+        raise RecordError("no recorded scores", where=f"{folder}/{name}.json", hint=f"Make them with: fluogen benchmark {recipe}.")
     return record
 
 # %% ../../nbs/lib/experiments/10_records.ipynb #6fe959c8

@@ -70,12 +70,12 @@ FIG3_COLUMNS = {"kernel": "kernel dist.", "frechet": "Fréchet", "precision": "p
 def open_grades(weights_id: str) -> tuple[dict | None, str]:
     "The record and why it cannot be used: other weights, or none. The record is None then."
     try:
-        record = read_record("generation", "score-prior")
+        record = read_record("generation", "generation")
     except RecordError as error:
         return None, str(error)
     if record["weights"] != weights_id:
         return None, (f"the grades are those of {record['weights']}, these weights are {weights_id}: "
-                      "fluogen train score-prior grades them")
+                      "fluogen benchmark generation grades them")
     return record, ""
 
 
