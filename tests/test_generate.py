@@ -144,7 +144,7 @@ def test_the_command(tmp_path, capsys):
     paths = capsys.readouterr().out.split()
     assert len(paths) == 2 and all(read_image(path).metadata["fluogen"]["synthetic"] for path in paths)
     assert main(["generate", PROMPTS[0], "-n", "3", "--size", "32", *common]) == 0
-    assert "3 synthetic pictures" in (said := capsys.readouterr().err) and "2 of them there already" in said
+    assert "3 synthetic images" in (said := capsys.readouterr().err) and "2 of them there already" in said
     assert main(["generate", PROMPTS[0], "-n", "2", "--size", "40", *common]) == 2
     assert "another picture lies here" in capsys.readouterr().err
     assert main(["generate", PROMPTS[0], "--size", "33", *common]) == 2

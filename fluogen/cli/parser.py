@@ -47,7 +47,7 @@ COMMANDS = {
     "train": Command("RECIPE", "make shipped weights again", "the folder of the weights",
                      "fluogen.recipes.catalog:run_train", HERE + "add_train"),
     "benchmark": Command("NAME", "measure again what a figure compares", "the folder of the record",
-                         "fluogen.experiments.run:run_benchmark", HERE + "add_benchmark"),
+                         "fluogen.experiments.run:benchmark_by_name", HERE + "add_benchmark"),
 }
 
 # %% ../../nbs/lib/cli/20_parser.ipynb #e62ba236
