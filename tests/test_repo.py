@@ -218,6 +218,13 @@ def test_rooms_import_only_from_rooms_above():
     assert graph["core"] == set()
 
 
+def test_report_renders_what_it_is_handed():
+    "Neither of tasks and report imports the other: the command line, experiments and figures join them."
+    for folder, other in (("report", "tasks"), ("tasks", "report")):
+        found = {name_of(path): [need for need in imports_of(path) if need.split(".")[0] == other] for path in under(f"fluogen/{folder}", ".py")}
+        assert len(found) >= 6 and not [name for name, needs in found.items() if needs]
+
+
 LATE = {"cli.parser", "recipes.catalog", "experiments.run"}      # modules with a table of functions as text: the one exception to the ladder
 
 
