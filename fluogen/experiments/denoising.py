@@ -301,7 +301,7 @@ def ship_denoise_method(folder: Path, work: Path, report: dict) -> Path:
     method, seed = report["method"], report["seed"]
     card = {"summary": f"{method}, fitted on thirty simulated noisy pairs: a column of figure 5, not for use.",
             "data": f"24 + 6 simulated pairs of 128² (draw {seed}), optics range train, every exposure.",
-            "recipe": "fluogen train bench-denoise", "scores": "see bench-denoise/scores.json"}
+            "recipe": "fluogen benchmark denoise", "scores": "see bench-denoise/scores.json"}
     about = {"task": "denoise", "scale": 1, "norm": NORM_ANSCOMBE}
     return ship_fit(folder, load_method(method, seed, work, DENOISE_BENCH), report, about, card, denoise_packing(method))
 

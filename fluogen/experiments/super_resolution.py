@@ -345,7 +345,7 @@ def ship_sr_method(folder: Path, work: Path, report: dict) -> Path:
     method, seed = report["method"], report["seed"]
     card = {"summary": f"{method}, fitted on thirty simulated pairs: a row of figure 4, not for use.",
             "data": f"24 + 6 simulated pairs of 128² (draw {seed}), optics range train.",
-            "recipe": "fluogen train bench30", "scores": "see bench30/scores.json"}
+            "recipe": "fluogen benchmark sr", "scores": "see bench30/scores.json"}
     about = {"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9"}
     return ship_fit(folder, load_method(method, seed, work, SR_BENCH), report, about, card, sr_packing(method))
 

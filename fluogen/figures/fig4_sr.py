@@ -248,7 +248,7 @@ def claim_difference(name: str, record: dict, first: tuple, second: tuple, metri
 def claim_real() -> dict:
     "The same comparison on real cells under a simulated microscope, in pairs of draws; not measured where the record is not there."
     try:
-        real = join_halves(read_record("bench30", "bench30 --dataset PATH", "real"))
+        real = join_halves(read_record("bench30", "sr --dataset PATH", "real"))
         made = claim_difference("real_gain", real, ("direct", "ever"), best_sr_baseline(real), "psnr")
         there = [way for way in SR_LEARNED if any(row["way"] == way for row in real["rows"])]
         cells = len(set(real["groups"]["held-out"]))

@@ -52,7 +52,7 @@ def fig5_methods() -> tuple[dict, list[str]]:
         try:
             methods[label] = _column(load_denoise_learner(f"bench-denoise-{name}"))
         except ZooError:
-            notes.append(f"{label}: weights bench-denoise-{name} are not installed (fluogen train bench-denoise)")
+            notes.append(f"{label}: weights bench-denoise-{name} are not installed (fluogen benchmark denoise)")
     try:
         methods["nano-denoise"] = _column(load_denoise_learner("nano-denoise"))
     except ZooError:
@@ -174,7 +174,7 @@ def guard_restored(light: np.ndarray, fields: NoisyFields, snr: float = 2.0, eac
 def _difference(record, name, claim, first, second, metric="psnr", **threshold) -> dict:
     about = dict(id=name, claim=claim, source="issue: denoising", **threshold)
     if record is None:
-        return about | dict(measured=None, why="no record: fluogen train bench-denoise")
+        return about | dict(measured=None, why="no record: fluogen benchmark denoise")
     try:
         second = best_denoise_baseline(record, metric) if second == "best" else second
         found = compare_denoise_scores(record, first, second, metric)

@@ -67,7 +67,7 @@ def _ahead(record, first: tuple, second: tuple) -> dict:
     one, two = (laboratories_of(record or {"rows": []}, *side) for side in (first, second))
     both = sorted(set(one) & set(two))
     if not both:
-        return dict(measured=None, why="not in the record yet: fluogen train bench-pairs")
+        return dict(measured=None, why="not in the record yet: fluogen benchmark sample-size")
     mean, low, high = mean_interval(np.array([one[seed] - two[seed] for seed in both]))
     called = [f"{FIG5B_NAMES[method]}, {n} pairs" for method, n in (first, second)]
     why = f"{called[0]}, against {called[1]}; {len(both)} laboratories"
@@ -109,7 +109,7 @@ def _judge_default(record: dict | None) -> dict:
     shared, gains = compare_tunings(record)
     others = {way: values for way, values in gains.items() if way != "fluogen"}
     if not others or "fluogen" not in gains:
-        return claim | dict(measured=None, why="not in the record yet: fluogen train bench-pairs")
+        return claim | dict(measured=None, why="not in the record yet: fluogen benchmark sample-size")
     next_best = max(others, key=lambda way: others[way].mean())
     mean, low, high = mean_interval((gains["fluogen"] - others[next_best]).mean(1))
     why = f"against {FIG5B_NAMES[next_best]}, mean over {', '.join(map(str, FEW_PAIRS))} pairs; {len(shared)} laboratories"
@@ -137,14 +137,14 @@ def fig5b_claims(record: dict | None) -> list[dict]:
            f"the slowest of {len(paces)} fits")
     made.append(dict(id="tuning_minutes", claim="all the steps that fluogen finetune takes at most, thirty pairs", at_most=20, unit="min",
                      source="issue: your own 30 images", measured=max(paces) * TUNE_CONFIG.steps / 60 if paces else None,
-                     why=why if paces else "not in the record yet: fluogen train bench-pairs"))
+                     why=why if paces else "not in the record yet: fluogen benchmark sample-size"))
     return [*made, _judge_default(record)]
 
 
 def describe_fig5b(record: dict | None) -> str:
     "What the record says, in sentences."
     if not record or not curves(record):
-        return "No record of the curve yet: fluogen train bench-pairs makes it."
+        return "No record of the curve yet: fluogen benchmark sample-size makes it."
     parts = []
     for theirs in ("care", "scratch"):
         if {"fluogen", theirs} <= set(curves(record)):
