@@ -5,10 +5,8 @@ import re
 from collections import defaultdict
 
 import pytest
-from tree import ROOT, modules, name_of
+from tree import LADDER, dotted, imports_of, modules, name_of
 
-LADDER = ("core", "io", "preprocessing", "datasets", "simulation", "metrics", "diffusion", "models", "training", "uncertainty", "tasks",
-          "recipes", "report", "sted", "fusion", "saft", "cellgen", "scale", "experiments", "figures", "cli", "app")
 SYSTEMS = {"sted", "fusion", "saft", "cellgen", "scale"}            # they never import one another
 BESIDE = {"experiments", "figures"}                                 # measurements and figures: no product code imports them
 TABLES = {"cli.parser", "cli.main", "recipes.catalog", "experiments.run", "models.zoo", "datasets.check"}
@@ -16,26 +14,8 @@ TABLES = {"cli.parser", "cli.main", "recipes.catalog", "experiments.run", "model
 LATE = re.compile(r"fluogen((?:\.\w+)+):(\w+)")
 
 
-def dotted(path) -> str:
-    return ".".join(path.relative_to(ROOT / "fluogen").with_suffix("").parts)
-
-
 def place(module: str) -> str:
     return module.split(".")[0]
-
-
-def imports_of(path) -> set[str]:
-    "Modules of fluogen that a module imports, as `subpackage.module`, also inside functions."
-    here, found = ["fluogen", *dotted(path).split(".")], set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("fluogen.") for alias in node.names if alias.name.startswith("fluogen.")}
-        if isinstance(node, ast.ImportFrom):
-            base = here[:-node.level] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
-            if base[:1] == ["fluogen"]:
-                found |= {".".join(part[1:]) for part in [base, *(base + [alias.name] for alias in node.names)]}
-    return found & {dotted(one) for one in modules()}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from tree import (BY_HAND, ROOT, copy_tree, figure_notebooks, library_notebooks, load, modules, name_of, source, tracked,
+from tree import (BY_HAND, LADDER, ROOT, copy_tree, figure_notebooks, imports_of, library_notebooks, load, modules, name_of, source, tracked,
                   under)
 
 MIB = 2**20
@@ -191,33 +191,6 @@ def test_pyflakes_is_content():
     assert done.stdout + done.stderr == ""
 
 
-def imports_of(path) -> set[str]:
-    "Modules of fluogen that a module imports, as `room.name`, also inside functions."
-    here = ["fluogen", *path.relative_to(ROOT / "fluogen").with_suffix("").parts]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = here[:-node.level] + (node.module.split(".") if node.module else [])
-            names = [base] if node.module else [base + [alias.name] for alias in node.names]
-            for target in names + ([base + [alias.name] for alias in node.names] if node.module else []):
-                if (ROOT.joinpath(*target).with_suffix(".py")).is_file():
-                    found.add(".".join(target[1:]))
-    return found
-
-
-def test_rooms_import_only_from_rooms_above():
-    graph = {".".join(path.relative_to(ROOT / "fluogen").with_suffix("").parts): imports_of(path) for path in modules()}
-    graph = {name: needs & graph.keys() for name, needs in graph.items()}
-    rank = {name: ROOMS.index(name.split(".")[0]) for name in graph}
-    assert [f"{name} <- {other}" for name in graph for other in graph[name] if rank[other] > rank[name]] == []
-    left = dict(graph)                        # take away what needs nothing that is left: a circle remains
-    while free := [name for name, needs in left.items() if not needs & left.keys()]:
-        for name in free:
-            del left[name]
-    assert left == {}, "modules that import each other in a circle"
-    assert graph["core"] == set()
-
-
 def test_report_renders_what_it_is_handed():
     "Neither of tasks and report imports the other: the command line, experiments and figures join them."
     for folder, other in (("report", "tasks"), ("tasks", "report")):
@@ -357,16 +330,16 @@ def test_the_tour_lists_the_commands_of_today_and_the_subpackages():
     from fluogen.cli.parser import list_commands
     text = "\n".join(source(cell) for cell in load(ROOT / "nbs" / "index.ipynb")["cells"])
     assert list_commands() in text and list_commands() in (ROOT / "README.md").read_text(), "run make readme and commit"
-    folders = [name for name in ROOMS if (ROOT / "nbs" / "lib" / name).is_dir()]
+    folders = [name for name in LADDER if (ROOT / "nbs" / "lib" / name).is_dir()]
     assert ", ".join(f"`{name}`" for name in folders) in " ".join(text.split())
 
 
 def test_the_site_follows_the_ladder():
     tool = docs_tool()
-    assert [name for name in tool.LADDER if name in ROOMS] == ROOMS
+    assert [name for name in tool.LADDER if name in LADDER] == [name for name in LADDER if name in tool.LADDER]
     first, *parts = tool.make_navigation(under("nbs", ".ipynb"))
     names = [name for part in parts for name in part]
-    assert first == "index.md" and names[2:] == [name for name in ROOMS if name in names] and len(names) >= 17
+    assert first == "index.md" and names[2:] == [name for name in LADDER if name in names] and len(names) >= 17
     pages = [page for part in parts for found in part.values() for page in found]
     assert len(pages) + 1 == len(set(pages)) + 1 == len(under("nbs", ".ipynb"))
     for part in parts[2:]:

@@ -1,4 +1,5 @@
 "The repository as the guards see it: its root, its tracked files, its notebooks."
+import ast
 import json
 import shutil
 import subprocess
@@ -6,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LADDER = ("core", "io", "preprocessing", "datasets", "simulation", "metrics", "diffusion", "models", "training", "uncertainty", "tasks",
+          "recipes", "report", "sted", "fusion", "saft", "cellgen", "scale", "experiments", "figures", "cli", "app")     # imports go up this list only
 BY_HAND = ("__init__.py", "__main__.py", "_modidx.py")      # no notebook exports them; the first two define nothing (test_repo.py)
 
 
@@ -62,3 +65,21 @@ def copy_tree(to: Path, *folders: str) -> Path:
 def git_status(*folders: str) -> str:
     "What git sees changed, untracked files included; empty outside a repository."
     return subprocess.run(["git", "status", "--porcelain", "--", *folders], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def dotted(path) -> str:
+    return ".".join(path.relative_to(ROOT / "fluogen").with_suffix("").parts)
+
+
+def imports_of(path) -> set[str]:
+    "Modules of fluogen that a module imports, as `subpackage.module`, also inside functions."
+    here, found = ["fluogen", *dotted(path).split(".")], set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("fluogen.") for alias in node.names if alias.name.startswith("fluogen.")}
+        if isinstance(node, ast.ImportFrom):
+            base = here[:-node.level] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            if base[:1] == ["fluogen"]:
+                found |= {".".join(part[1:]) for part in [base, *(base + [alias.name] for alias in node.names)]}
+    return found & {dotted(one) for one in modules()}
