@@ -1,7 +1,8 @@
-"Planted faults are found, each with what to do; sound sets stay silent; shifts are measured and mended."
+"Planted faults are found, each with what to do; sound sets stay silent; shifts are measured and taken back."
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,19 @@ from scipy.ndimage import shift as move
 from scipy.ndimage import zoom
 
 from fluogen.cli.main import main
-from fluogen.core import FluogenError
-from fluogen.datasets.check import ADVICE, check_data
+from fluogen.core import FluogenError, hash_array
+from fluogen.datasets.align import align_pairs
+from fluogen.datasets.check import ADVICE, KINDS, check_data, check_folders, check_prompts, find_leaks, lint_records, next_step
+from fluogen.datasets.manifest import read_manifest, stamp_sha256, write_manifest
+from fluogen.datasets.pairs import read_mask_pair, read_noisy_pair, read_pair
+from fluogen.datasets.record import Record
+from fluogen.datasets.scan import build_manifest, pairs_from_folder
+from fluogen.datasets.splits import split_by_group
+from fluogen.experiments.sample_size import laboratory_pairs
 from fluogen.io.files import ImageReadError
 from fluogen.io.image import read_image, read_plane, write_image
-from fluogen.datasets.check import KINDS
-from fluogen.datasets.manifest import read_manifest, write_manifest
-from fluogen.datasets.align import align_pairs
-from fluogen.datasets.check import next_step
-from fluogen.datasets.record import Record
 from fluogen.preprocessing.registration import PairError, align_pair, find_scale, measure_shift
-from fluogen.datasets.scan import pairs_from_folder
-from fluogen.datasets.scan import build_manifest
-from fluogen.experiments.sample_size import laboratory_pairs
-from fluogen.datasets.pairs import read_mask_pair
-from fluogen.datasets.pairs import read_noisy_pair
-from fluogen.datasets.pairs import read_pair
+
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 PIXEL = {"Y": 0.1, "X": 0.1}
@@ -65,7 +63,7 @@ def change(path, how, **options):
 
 def test_a_sound_set_is_silent(folder):
     report = check_data(folder)
-    assert report.findings == [] and len(report.pairs) == 5 and report.must_mend == []
+    assert report.findings == [] and len(report.pairs) == 5 and report.errors == []
     assert max(pair.shift.length for pair in report.pairs) < 0.2
     assert any("128 x 128 uint16" in line for line in report.summary())
 
@@ -132,8 +130,8 @@ def test_planted(folder, kind):
     also = {"8-bit", "duplicate", "near-duplicate", "mixed"} if kind in ("jpeg", "near-duplicate", "same-image") else {"mixed"}
     assert kind in report.kinds() and set(report.kinds()) <= {kind} | also
     line, = (line for line in report.lines() if f"  {kind}: " in line)
-    assert line.startswith("MEND" if ADVICE[kind][0] else "note") and line.endswith(ADVICE[kind][1]) and "\n" not in line
-    assert bool(report.must_mend) == ADVICE[kind][0]
+    assert line.startswith("ERROR" if ADVICE[kind][0] else "note") and line.endswith(ADVICE[kind][1]) and "\n" not in line
+    assert bool(report.errors) == ADVICE[kind][0]
 
 
 def test_pairs_that_cannot_be_read_are_still_pairs(folder):
@@ -173,7 +171,7 @@ def rows(folder, splits, groups=None):
 ])
 def test_planted_in_a_manifest(folder, kind, make):
     report = check_data(write_manifest(folder / "manifest.jsonl", make(folder)))
-    assert kind in report.kinds() and report.must_mend
+    assert kind in report.kinds() and report.errors
     assert check_data(folder).kinds() == report.kinds()                 # the folder of a manifest means the manifest
 
 
@@ -190,7 +188,7 @@ def test_masks_are_no_recordings(folder, tmp_path):
         shutil.copy(folder / "clean" / path.name, path)
         threshold(path)
     masks = check_data(write_manifest(tmp_path / "masks.jsonl", report.records))
-    assert not masks.must_mend and "8-bit" not in masks.kinds() and "--task mask2image" in next_step(masks, "masks.jsonl")
+    assert not masks.errors and "8-bit" not in masks.kinds() and "--task mask2image" in next_step(masks, "masks.jsonl")
     save(folder / "noisy" / "0.tif", np.kron(np.eye(2), np.ones((40, 40))))
     shutil.copy(folder / "clean" / "1.tif", tmp_path / "image.tif")
     shutil.copy(folder / "noisy" / "1.tif", folder / "clean" / "1.tif")
@@ -227,7 +225,7 @@ def test_single_images_are_no_fault(tmp_path):
 
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize("shift", [(0, 0), (0.5, -0.5), (-3.3, 1.7), (12.2, -9.6)])
-def test_shift_is_measured_and_mended(scale, shift):
+def test_shift_is_measured_and_taken_back(scale, shift):
     fine, _ = draw(3, 128 * scale)
     fine = gaussian_filter(fine, scale)
     coarse = fine.reshape(128, scale, 128, scale).mean((1, 3))
@@ -248,17 +246,17 @@ def test_no_pair_no_shift():
         measure_shift(np.ones((64, 64)), np.ones((96, 128)))
 
 
-def test_mending_leaves_the_originals_alone(folder, tmp_path):
+def test_aligning_leaves_the_originals_alone(folder, tmp_path):
     PLANTS["shifted"](folder)
     PLANTS["unreadable"](folder)
     before = {path: path.read_bytes() for path in folder.rglob("*.tif")}
     manifest, left_out = align_pairs(check_data(folder), tmp_path / "out")
     assert left_out == [] and {path: path.read_bytes() for path in folder.rglob("*.tif")} == before
     records = read_manifest(manifest)
-    assert len(records) == 4 and check_data(manifest).must_mend == []
-    mended = read_image(records[0].path)
-    assert mended.pixel_um == PIXEL and mended.array.dtype == np.uint16
-    assert mended.metadata["mended_shift_px"] == pytest.approx([0.8, -0.7], abs=0.1)
+    assert len(records) == 4 and check_data(manifest).errors == []
+    aligned = read_image(records[0].path)
+    assert aligned.pixel_um == PIXEL and aligned.array.dtype == np.uint16
+    assert aligned.metadata["mended_shift_px"] == pytest.approx([0.8, -0.7], abs=0.1)
     with pytest.raises(PairError, match="not empty"):
         align_pairs(check_data(folder), tmp_path / "out")
 
@@ -281,7 +279,7 @@ def test_the_next_step_fits_the_sizes(tmp_path, scale, words):
         save(tmp_path / "noisy" / f"{seed}.tif", draw(seed, 64)[1])
         save(tmp_path / "clean" / f"{seed}.tif", zoom(draw(seed, 64)[0], scale, order=1, grid_mode=True, mode="nearest"))
     report = check_data(tmp_path)
-    assert report.must_mend == [] and words in next_step(report, "LIST")
+    assert report.errors == [] and words in next_step(report, "LIST")
 
 
 def test_frames_of_structured_illumination_are_averaged(tmp_path):
@@ -299,7 +297,7 @@ def test_frames_of_structured_illumination_are_averaged(tmp_path):
     records = read_manifest(build_manifest(tmp_path, "BioSR"))
     assert {record.extra["frames"] for record in records} == {"mean"} and len(records) == 3
     report = check_data(tmp_path / "manifest.jsonl")
-    assert report.must_mend == [] and {pair.condition.shape for pair in report.pairs} == {(64, 64)}
+    assert report.errors == [] and {pair.condition.shape for pair in report.pairs} == {(64, 64)}
     target, condition, _, notes = read_pair(records[0])
     assert target.shape == (1, 128, 128) and condition.shape == (1, 64, 64) and notes == []
     with pytest.raises(ImageReadError, match="no such way to join frames"):
@@ -312,7 +310,7 @@ def test_two_fields_can_be_tuned_on_but_not_judged(folder):
     for path in folder.rglob("[2-4].tif"):
         path.unlink()
     report = check_data(folder)
-    assert report.kinds() == ["two-fields-only"] and report.must_mend == []
+    assert report.kinds() == ["two-fields-only"] and report.errors == []
 
 
 def test_what_changed_after_it_was_listed_is_left_out(folder, tmp_path):
@@ -322,14 +320,14 @@ def test_what_changed_after_it_was_listed_is_left_out(folder, tmp_path):
     assert all(record.sha256 for record in records)
     change(folder / "clean/1.tif", lambda image: image + (np.indices(image.shape).sum(0) == 20))
     report = check_data(listed)
-    assert [finding.kind for finding in report.must_mend] == ["checksum"]
+    assert [finding.kind for finding in report.errors] == ["checksum"]
     manifest, left_out = align_pairs(report, tmp_path / "mended")
     assert left_out == [records[1].conditioning_image] and len(read_manifest(manifest)) == 4
     for read in (read_pair, read_noisy_pair, read_mask_pair):
         with pytest.raises(ImageReadError, match="not the file that was recorded"):
             read(records[1])
     assert read_noisy_pair(records[0])
-    assert main(["check", str(listed), "--manifest", str(listed)]) == 1 and check_data(listed).must_mend == []
+    assert main(["check", str(listed), "--manifest", str(listed)]) == 1 and check_data(listed).errors == []
 
 
 # ---- the command
@@ -347,7 +345,7 @@ def test_every_wrong_partner_is_seen_and_no_right_one(tmp_path):
     for seed in range(8):
         save(tmp_path / "set/clean" / f"{seed}.tif", draw(seed)[0])
     report = check_data(tmp_path / "set")
-    assert report.must_mend == []
+    assert report.errors == []
     [read_noisy_pair(record) for record in report.records]
 
 
@@ -365,14 +363,14 @@ def test_a_far_shift_is_a_shift_and_what_cannot_be_measured_is_not_called_aligne
 def test_a_stack_without_axes_is_a_stack(folder):
     tifffile.imwrite(folder / "noisy/1.tif", np.ones((3, 128, 128), np.uint16), photometric="minisblack", metadata=None)
     line, = (line for line in check_data(folder).lines() if "noisy/1.tif" in line)
-    assert line.startswith("MEND  stack: ") and "--axes" not in line
+    assert line.startswith("ERROR  stack: ") and "--axes" not in line
 
 
 def test_a_changed_recording_is_seen_as_a_changed_target_is(folder, tmp_path):
     listed = tmp_path / "pairs.jsonl"
     assert main(["check", str(folder), "--manifest", str(listed)]) == 0
     change(folder / "noisy/1.tif", lambda a: a + np.eye(128))                       # still a good pair, but another recording
-    assert [finding.what for finding in check_data(listed).must_mend] == ["set/noisy/1.tif is not the file that was recorded"]
+    assert [finding.what for finding in check_data(listed).errors] == ["set/noisy/1.tif is not the file that was recorded"]
     record = next(record for record in read_manifest(listed) if "1.tif" in record.image)
     for read in (read_noisy_pair, lambda r: read_pair(r, 1)):
         with pytest.raises(FluogenError, match="not the file that was recorded"):
@@ -399,8 +397,9 @@ def test_command(folder, tmp_path, capsys):
     PLANTS["shifted"](folder)
     capsys.readouterr()
     assert main(["check", str(folder)]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].endswith("--mend OUT")
-    assert main(["check", str(folder), "--mend", str(tmp_path / "mended")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("--align OUT")
+    assert main(["check", str(folder), "--align", str(tmp_path / "aligned")]) == 0
+    assert main(["check", str(folder), "--mend", str(tmp_path / "mended")]) == 0                    # its name in 0.1.0
     assert json.loads((tmp_path / "mended/manifest.jsonl").read_text().splitlines()[0])["image"].startswith("clean/")
     assert main(["check", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("fluogen: ")
@@ -408,8 +407,136 @@ def test_command(folder, tmp_path, capsys):
 
 @pytest.mark.skipif(not (REAL / "denoise_pairs").is_dir(), reason="the real pairs are not on this machine")
 def test_real_pairs(tmp_path):
-    "One pair of each scene of two real sets: nothing that must be mended."
+    "One pair of each scene of two real sets: no errors."
     records = [record for record in read_manifest(REAL / "denoise_pairs", {"image": "files.clean", "conditioning_image":
                "files.noisy", "text": "structure"}) if "_raw_1" in record.extra["id"]]
     report = check_data(write_manifest(tmp_path / "m.jsonl", [record for record in records]))
-    assert len(report.pairs) == 9 and report.must_mend == [] and "8-bit" in report.kinds()
+    assert len(report.pairs) == 9 and report.errors == [] and "8-bit" in report.kinds()
+
+
+# ---- what the records alone show: planted mistakes are found, and lists without mistakes stay silent
+
+@pytest.fixture
+def records(tmp_path):
+    "Forty images of ten cells, split by cell."
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        np.save(tmp_path / f"{number}.npy", rng.integers(0, 99, (4, 4)))
+    made = [Record(f"{number}.npy", "ER of COS-7", group=f"cell {number // 4}",
+                   base=tmp_path) for number in range(40)]
+    write_manifest(tmp_path / "m.jsonl", split_by_group(made, seed=1))
+    return read_manifest(tmp_path / "m.jsonl")
+
+
+def kinds(findings):
+    return [finding.kind for finding in findings]
+
+
+def test_a_clean_list_is_silent(records):
+    assert lint_records(records, ["ER of COS-7"]) == []
+
+
+def test_planted_leak_by_content(records, tmp_path):
+    train, test = (next(r for r in records if r.split == split) for split in ("train", "test"))
+    shutil.copy(test.path, tmp_path / "copy.npy")
+    planted = replace(train, image="copy.npy", where="m.jsonl:41")
+    finding, = lint_records([*records, planted])
+    assert finding.kind == "leak-content" and finding.where.rsplit("m.jsonl", 1)[1] == ":41"
+    assert "copy.npy has the content of" in finding.what and "test and train" in finding.what
+    same = replace(train, image="copy.npy", group=test.group, split="test")     # within one split: no leak
+    assert kinds(lint_records([*records, same])) == ["duplicate"]
+    assert lint_records([*records, planted], content=None) == []
+
+
+def test_planted_leak_by_group_and_by_file(records):
+    test = next(r for r in records if r.split == "test")
+    moved = [replace(r, split="train") if r is test else r for r in records]
+    finding, = lint_records(moved)
+    assert finding.kind == "leak-group" and finding.count == 4 and test.group in finding.what
+    assert kinds(lint_records([*records, replace(test, split="train", group="cell 99")])) == ["leak-file"]
+    assert kinds(lint_records([*records,
+                       replace(test, split="train", image=f"x/../{test.image}")])) == ["leak-group",
+                                                                                       "leak-file"]
+
+
+def test_a_condition_shared_by_two_splits_leaks_too(records):
+    train, test = (next(r for r in records if r.split == split) for split in ("train", "test"))
+    pair = replace(train, conditioning_image=test.image)
+    assert kinds(find_leaks([pair if r is train else r for r in records])) == ["leak-file"]
+
+
+def test_copies_in_another_format_by_a_content_function(records, tmp_path):
+    train, test = (next(r for r in records if r.split == split) for split in ("train", "test"))
+    np.savetxt(tmp_path / "copy.txt", np.load(test.path), fmt="%d")
+    planted = [*records, replace(train, image="copy.txt")]
+
+    def pixels(path):
+        return hash_array(np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64))
+    assert lint_records(planted) == [] and kinds(lint_records(planted, content=pixels)) == ["leak-content"]
+
+
+def test_missing_files_checksums_and_pairs_of_one_file(records, tmp_path):
+    stamped = [stamp_sha256(record) for record in records[:3]]
+    assert lint_records(stamped) == []
+    records[1].path.write_bytes(b"changed")
+    records[2].path.unlink()
+    twice = replace(records[4], conditioning_image=records[4].image)
+    found = lint_records([*stamped, twice])
+    assert kinds(found) == ["missing-file", "checksum", "same-file"]
+    assert str(found[0]).split("m.jsonl")[1].startswith(":3: missing-file: ")
+    assert [KINDS.index(kind) for kind in kinds(found)] == sorted(KINDS.index(kind) for kind in kinds(found))
+
+
+def test_the_same_row_twice(records):
+    finding, = lint_records([*records, replace(records[0], where="m.jsonl:41")], content=None)
+    assert finding.kind == "duplicate" and finding.where == "m.jsonl:41"
+    noisy = [replace(records[0], conditioning_image=records[i].image, split=records[0].split) for i in (1, 2,
+                                                                                                        3)]
+    assert find_leaks(noisy, content=None) == []        # one target with many noisy frames is no duplicate
+
+
+def ctc(prompts):
+    "The Cell Tracking Challenge folders of the published list, with these prompts."
+    folders = {"Fluo-N2DL-HeLa": 184, "Fluo-N2DH-SIM+": 215, "Fluo-N2DH-GOWT1": 184, "Fluo-C2DL-MSC": 96,
+               "Fluo-C2DL-Huh7": 60}
+    return [Record(f"{folder}/01/t{i:03d}.tif", prompts[folder], where=f"{folder}:{i + 1}")
+            for folder, count in folders.items() for i in range(count)]
+
+
+RIGHT = {"Fluo-N2DL-HeLa": "h2b of hela cells", "Fluo-N2DH-SIM+": "dna of HL60 cells",
+         "Fluo-N2DH-GOWT1": "GOWT1 of mouse stem cells", "Fluo-C2DL-MSC": "rat mesenchymal stem cells",
+         "Fluo-C2DL-Huh7": "tia-1 of human hepatocarcinoma-derived cells"}
+SWAPPED = {**RIGHT, "Fluo-N2DL-HeLa": RIGHT["Fluo-N2DH-SIM+"], "Fluo-N2DH-SIM+": RIGHT["Fluo-N2DL-HeLa"]}
+
+
+def test_swapped_prompts_are_found_without_being_told():
+    assert check_folders(ctc(RIGHT)) == []
+    found = check_folders(ctc(SWAPPED))
+    assert [(finding.where, finding.count) for finding in found] == [("Fluo-N2DL-HeLa:1", 184),
+                                                                     ("Fluo-N2DH-SIM+:1", 215)]
+    assert '"hela"' in found[0].what and '"dna of HL60 cells"' in found[0].what
+
+
+def test_swapped_prompts_against_a_stated_table():
+    sim = [record for record in ctc(SWAPPED) if "SIM+" in record.image]
+    assert check_folders(sim) == []                     # alone it leaves no trace in the words
+    finding, = check_folders(sim, {"Fluo-N2DH-SIM+": RIGHT["Fluo-N2DH-SIM+"]})
+    assert 'belongs to "dna of HL60 cells"' in finding.what
+    assert check_folders(ctc(RIGHT), RIGHT) == []
+
+
+def test_neutral_folders_raise_no_suspicion():
+    mixed = [Record("data/1.tif", "actin of BPAE"), Record("data/2.tif", "ER of COS-7"),
+             Record("actin/3.tif", "actin"),
+             Record("er/4.tif", "ER of COS-7")]
+    assert check_folders(mixed) == []
+    assert kinds(check_folders([*mixed, Record("actin/5.tif", "ER of COS-7")])) == ["folder-prompt"]
+
+
+def test_unknown_prompts():
+    vocabulary = ["F-actin of COS-7", "ER of COS-7"]
+    found = check_prompts([Record("1", "Factin of COS-7"), Record("2", "Factin of COS-7"),
+                           Record("3", ["er of cos-7", "??"]),
+                           Record("4", "")], vocabulary)
+    assert [(finding.count, "F-actin of COS-7" in finding.what) for finding in found] == [(2, True),
+                                                                                          (1, False)]

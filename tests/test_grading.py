@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toys import save_toy
 
-from fluogen.metrics.memorization import shrink_pictures
+from fluogen.metrics.memorization import shrink_images
 from fluogen.experiments import generation as grading
 from fluogen.models.image_encoder import load_encoder
 from fluogen.figures.fig3_synthesis import fig3_claims, fig3_rows, format_grades, open_grades, summarize_fig3
@@ -49,15 +49,15 @@ def test_planted_copies_are_found_among_honest_pictures(scenes):
     (real, words), (other, others) = scenes
     originals, whose = held_out_scenes(8, seed=2)
     pictures = np.concatenate([other[:60], disguise(originals[:6], 4)])
-    report = grade_copies(pictures, others[:60] + whose[:6], real, words, shrink_pictures(originals), (originals[:20], whose[:20]))
+    report = grade_copies(pictures, others[:60] + whose[:6], real, words, shrink_images(originals), (originals[:20], whose[:20]))
     assert report["planted_found"] == 20 and report["excess"] and report["flagged"] >= 6
     assert {row["scene"] for row in report["nearest"]} == set(range(6))
-    honest = grade_copies(other, others, real, words, shrink_pictures(originals), (originals[:20], whose[:20]))
+    honest = grade_copies(other, others, real, words, shrink_images(originals), (originals[:20], whose[:20]))
     assert not honest["excess"]
 
 
 def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(grading, "training_scenes", lambda weights, most: shrink_pictures(held_out_scenes(2, 9)[0]))
+    monkeypatch.setattr(grading, "training_scenes", lambda weights, most: shrink_images(held_out_scenes(2, 9)[0]))
     monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: SceneStream(simulate, seed, n=32, groups=groups))
     monkeypatch.setattr(grading, "scenes_seen", lambda weights: [stream_state(SceneMix(), 0, 20)])
     monkeypatch.setattr(grading, "IMAGES_A_BLOCK", 1)
@@ -86,7 +86,7 @@ def test_copies_are_looked_for_in_the_scenes_of_every_training(monkeypatch):
     weights = SimpleNamespace(config={"seen": some})
     scenes = grading.training_scenes(weights)
     assert len(scenes) == 3 * 12 and len(grading.training_scenes(weights, 1)) == 12
-    first = shrink_pictures(grading.deal_again(some[0]).at(0)[0].target)
+    first = shrink_images(grading.deal_again(some[0]).at(0)[0].target)
     assert np.array_equal(scenes[:len(first)], first)
 
 

@@ -15,7 +15,7 @@ from .check import SLIGHT_PX, Report
 from .manifest import write_manifest
 
 # %% ../../nbs/lib/datasets/90_align.ipynb #671e9b69
-CHECKSUM = "conditioning_sha256"        # of an image that mending writes anew
+CHECKSUM = "conditioning_sha256"        # of an image that is written anew
 
 
 def align_pairs(
@@ -25,9 +25,9 @@ def align_pairs(
     "Copies of all sound pairs, those aligned whose shift is beyond doubt. Raises `PairError` when none is left or the folder is not new."
     out = Path(out)
     if out.exists() and any(out.iterdir()):
-        raise PairError("the folder for mended pairs is not empty", where=out, hint="Name a new one.")
-    faulty = {finding.where for finding in report.must_mend if finding.kind != "shifted"}
-    changed = {finding.where for finding in report.must_mend if finding.kind == "checksum"}
+        raise PairError("the folder for aligned pairs is not empty", where=out, hint="Name a new one.")
+    faulty = {finding.where for finding in report.errors if finding.kind != "shifted"}
+    changed = {finding.where for finding in report.errors if finding.kind == "checksum"}
     records, left_out, drifted = [], [], any(pair.shift and pair.shift.exceeds(SLIGHT_PX) for pair in report.pairs)
     for number, pair in enumerate(report.pairs):
         files = (pair.record.conditioning_path, pair.record.path)
@@ -49,5 +49,5 @@ def align_pairs(
         records.append(replace(pair.record, image=names[1], conditioning_image=names[0], base=out.absolute(), sha256=None,
                                extra={key: value for key, value in pair.record.extra.items() if key not in ("frames", CHECKSUM)}))
     if not records:
-        raise PairError("no pair is left that could be mended", where=out)
+        raise PairError("no pair is left that could be aligned", where=out)
     return write_manifest(out / "manifest.jsonl", records), left_out

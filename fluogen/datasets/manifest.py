@@ -13,16 +13,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from ..io.files import atomic_write, hash_file
+from ..io.files import hash_file, write_text
 from .record import KeyMap, ManifestError, Record, check_row, make_record
 
 # %% ../../nbs/lib/datasets/20_manifest.ipynb #9a7f0e70
-LONGEST_LINE = 1 << 20          # bytes; a longer line is no manifest
+LONGEST_LINE = 1 << 20          # bytes; a longer line does not belong to a manifest
 
 
 def iter_rows(
     path: str | Path,           # manifest, or the folder that holds a manifest.jsonl
-) -> Iterator[tuple]:           # (file:line, row), or (file:line, ManifestError) for a line that is no row
+) -> Iterator[tuple]:           # (file:line, row), or (file:line, ManifestError) for a line that is not a row
     "The lines of a JSONL file as they are; blank ones are passed over."
     path = find_manifest(path)
     with open(path, "rb") as file:
@@ -48,7 +48,7 @@ def iter_rows(
 
 
 def _refuse(name):
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _each_key_once(pairs):
@@ -87,22 +87,25 @@ def read_manifest(
     path: str | Path,                       # manifest, or the folder that holds a manifest.jsonl
     key_map: KeyMap | dict | None = None,   # how to read rows with other keys
 ) -> list[Record]:
-    "All records. Raises the first `ManifestError`; files are not opened (that is `lint`'s work)."
+    "All records. Raises the first `ManifestError`; files are not opened (that is the work of `fluogen.datasets.check`)."
     records = []
     for item in iter_manifest(path, key_map):
         if not isinstance(item, Record):
             raise item[0]
         records.append(item)
     if not records:
-        raise ManifestError("no records", where=path, expected="one line of JSON for each image")
+        raise _no_records(path)
     return records
 
 
 def validate(path: str | Path, key_map: KeyMap | dict | None = None) -> list[ManifestError]:
     "Every problem of a manifest, in the order of its lines; empty when it can be read."
     items = list(iter_manifest(path, key_map))
-    return ([problem for item in items if isinstance(item, list) for problem in item] if items
-            else [ManifestError("no records", where=path, expected="one line of JSON for each image")])
+    return [problem for item in items if isinstance(item, list) for problem in item] if items else [_no_records(path)]
+
+
+def _no_records(path) -> ManifestError:
+    return ManifestError("no records", where=path, expected="one line of JSON for each image")
 
 # %% ../../nbs/lib/datasets/20_manifest.ipynb #5a430116
 def write_row(
@@ -147,9 +150,7 @@ def write_manifest(
             raise ManifestError("cannot be written as JSON", where=f"{path}:{number}", found=error) from None
     if not lines:
         raise ManifestError("no records", where=path, expected="at least one")
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-    return path
+    return write_text(path, "".join(lines))
 
 # %% ../../nbs/lib/datasets/20_manifest.ipynb #fdf4267c
 def stamp_sha256(record: Record) -> Record:

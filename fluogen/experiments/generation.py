@@ -23,7 +23,7 @@ from ..simulation.structures import structure_of
 from ..metrics.generation import (
     as_stack, average_over_labels, compare_kernel_distances, diversity, frechet_distance, histogram_distance,
     kernel_distance, measure_brightness, precision_recall, prompt_fidelity, spectrum_distance, wasserstein_distance)
-from ..metrics.memorization import check_copies, find_nearest, shrink_pictures, turn_pictures
+from ..metrics.memorization import check_copies, find_nearest, shrink_images, apply_symmetry
 from ..models.image_encoder import ImageEncoder, default_encoder, embed
 from ..models.zoo import load_weights
 from ..tasks.generate import GenerateSettings, check_size, generate
@@ -94,7 +94,7 @@ def training_scenes(weights, most: int | None = None) -> np.ndarray:
     again = [(deal_again(seen), seen["steps"]) for seen in scenes_seen(weights)]
     last = [(rounds, step) for rounds, steps in again for step in range(0, steps, rounds.steps)][-most if most else 0:]
     parts = [part for rounds, step in last for part in rounds.at(step)]
-    return np.concatenate([shrink_pictures(part.target) for part in parts])
+    return np.concatenate([shrink_images(part.target) for part in parts])
 
 # %% ../../nbs/lib/experiments/70_generation.ipynb #fa8a1f23
 def grade_set(images, prompts: list, real, real_prompts: list, encoder: ImageEncoder) -> dict:
@@ -121,7 +121,7 @@ def disguise(images: np.ndarray, seed: int = 0) -> np.ndarray:
     rng, made = make_rng(seed, "disguise"), []
     for image in as_stack(images):
         shift = rng.integers(-image.shape[0] // 4, image.shape[0] // 4 + 1, 2)
-        copy = np.roll(turn_pictures(image, int(rng.integers(8))), tuple(shift), (0, 1)) * rng.uniform(0.4, 1.0)
+        copy = np.roll(apply_symmetry(image, int(rng.integers(8))), tuple(shift), (0, 1)) * rng.uniform(0.4, 1.0)
         made.append(copy + 0.01 * rng.standard_normal(copy.shape))
     return np.stack(made).astype(np.float32)
 

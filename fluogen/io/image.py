@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .axes import Stored, check_axes, name_axes, pack_note
+from .axes import Contradiction, NoAxesError, Stored, check_axes, name_axes, pack_note
 from .files import CheckedFile, ImageReadError, ImageWriteError, atomic_write, hash_file
 from .png import read_png, write_png
 from .tiff import read_tiff, write_tiff
@@ -130,9 +130,7 @@ def read_plane(path: str | Path, frames: str | None = None, **options) -> Image:
         raise ImageReadError("no such way to join frames", path, frames, "mean")
     try:
         image = read_image(path, **options)
-    except ImageReadError as error:
-        if "axes" not in str(error):
-            raise
+    except (NoAxesError, Contradiction):
         image = read_image(path, axes="TYX", **options)                     # a stack that does not say what its planes are
     if image.array.ndim != 3 or not image.axes.endswith("YX"):
         raise ImageReadError("no frames to average", path, image.axes, "three axes, Y and X last")
@@ -173,7 +171,7 @@ def _convert(array: np.ndarray, dtype, path) -> np.ndarray:
     bad = ~np.isfinite(whole) | (whole < limits.min) | (whole > limits.max) if limits else np.zeros(1, bool)
     if bad.any():
         raise ImageWriteError(f"intensities do not fit {dtype}", path, f"{int(bad.sum())} of {array.size}",
-                              f"{limits.min} to {limits.max}", "Scale them, see scale_to_counts.")
+                              f"{limits.min} to {limits.max}", "Scale them, see Scale.to_counts.")
     return whole.astype(dtype)
 
 

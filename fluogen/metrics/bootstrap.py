@@ -122,7 +122,7 @@ def paired_interval(
 
 # %% ../../nbs/lib/metrics/70_bootstrap.ipynb #5c4b240e
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    "Mean over laboratories and its 95 % interval; the interval is (nan, nan) for one laboratory."
+    "Mean over acquisition settings and its 95 % interval; the interval is (nan, nan) for one setting."
     if len(values) < 2:
         return float(np.mean(values)), float("nan"), float("nan")
     found = paired_interval(np.asarray(values, float))

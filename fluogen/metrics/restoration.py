@@ -20,7 +20,7 @@ def as_pixels(
     array,          # (..., Y, X), any real dtype
     where: str,     # its name in an error
 ) -> np.ndarray:    # (..., Y, X) float64
-    "An image or stack as float64. Raises `MetricError` for what is no image and for NaN or infinity."
+    "An image or stack as float64. Raises `MetricError` for what is not an image and for NaN or infinity."
     array = np.asarray(array)
     if array.ndim < 2 or array.size == 0 or array.dtype.kind not in "buif":
         raise MetricError("not an image", where=where, found=f"shape {array.shape}, {array.dtype}",
@@ -29,7 +29,7 @@ def as_pixels(
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
         raise MetricError("NaN or infinite pixels", where=where, found=bad, expected=0,
-                          hint="Mend the image; a metric does not skip pixels.")
+                          hint="Repair the image; a metric does not skip pixels.")
     return array
 
 
@@ -60,7 +60,7 @@ def score_planes(metric, *arrays):
 
 # %% ../../nbs/lib/metrics/10_restoration.ipynb #a380f7f6
 def psnr(
-    target,             # (..., Y, X) the truth
+    target,             # (..., Y, X) the ground truth
     image,              # (..., Y, X) what is judged, taken as it stands: no gain, no clipping
     data_range: float,  # black to white, in the images' unit; no default on purpose
 ):                      # dB; float, or (...) for a stack: one score an image, never pooled
@@ -73,7 +73,7 @@ def psnr(
 
 # %% ../../nbs/lib/metrics/10_restoration.ipynb #8c2564d8
 def ssim(
-    target,             # (..., Y, X) the truth, at least 11 x 11
+    target,             # (..., Y, X) the ground truth, at least 11 x 11
     image,              # (..., Y, X) what is judged
     data_range: float,  # black to white, in the images' unit
 ):                      # -1 ... 1; float, or (...) for a stack
@@ -90,7 +90,7 @@ def ssim(
 
 # %% ../../nbs/lib/metrics/10_restoration.ipynb #676d89a2
 def ms_ssim(
-    target,             # (..., Y, X) the truth, at least 176 x 176
+    target,             # (..., Y, X) the ground truth, at least 176 x 176
     image,              # (..., Y, X) what is judged
     data_range: float,  # black to white, in the images' unit
 ):                      # 0 ... 1; float, or (...) for a stack
@@ -110,7 +110,7 @@ def ms_ssim(
 
 # %% ../../nbs/lib/metrics/10_restoration.ipynb #716ab181
 def fit_linear(
-    target,         # (..., Y, X) the truth
+    target,         # (..., Y, X) the ground truth
     image,          # (..., Y, X) to be brought onto its scale
     pooled=False,   # one gain and offset for the whole stack instead of one an image
 ):                  # -> (gain, offset), floats or (...)
@@ -127,7 +127,7 @@ def fit_linear(
 
 
 def nrmse(
-    target,             # (..., Y, X) the truth
+    target,             # (..., Y, X) the ground truth
     image,              # (..., Y, X) what is judged, after `fit_linear` to the target, image by image
     data_range: float,  # divides the error; the target's own range where papers say "min-max"
 ):                      # 0 ...; float, or (...) for a stack

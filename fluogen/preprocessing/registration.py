@@ -16,7 +16,7 @@ from ..core import FluogenError
 
 # %% ../../nbs/lib/preprocessing/40_registration.ipynb #a5178009
 class PairError(FluogenError):
-    "Two images that are no pair."
+    "Two images that are not a pair."
 
 
 class Shift(NamedTuple):
@@ -39,7 +39,7 @@ class Shift(NamedTuple):
     def is_certain(self) -> bool: return self.certainty >= 15
 
     def exceeds(self, limit_px: float) -> bool:
-        "Longer than that beyond its error, and a better fit than no shift by more than ripple explains (a rule found on dim scenes)."
+        "Longer than that beyond its error, and a better fit than no shift by more than ripple explains (a rule found on dim specimens)."
         return self.is_certain and self.length > limit_px + self.error_px and self.drop > 5 * limit_px
 
 
@@ -47,7 +47,7 @@ def find_scale(
     condition,          # shape (Y, X) of the input
     target,             # shape (Y, X) of the target
 ) -> int:
-    "How many target pixels lie along one input pixel. Raises `PairError` when that is no whole number."
+    "How many target pixels lie along one input pixel. Raises `PairError` when that is not a whole number."
     ratio = [large / small for large, small in zip(target, condition)]
     if ratio[0] != ratio[1] or ratio[0] != int(ratio[0]):
         hint = "Exchange input and target." if max(ratio) < 1 else "Crop both to the same field."

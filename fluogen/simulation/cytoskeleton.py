@@ -11,7 +11,7 @@ import math
 import torch
 
 from .geometry import (
-    count_curves, curl, draw_outline, paint_haze, ragged, round_ends, scatter_anchors, shift_curves, soft_step, walk)
+    count_curves, curl, draw_outline, paint_background, ragged, round_ends, scatter_anchors, shift_curves, soft_step, walk)
 from .raster import Canvas, paint_points, smooth_noise, take_ids
 
 # %% ../../nbs/lib/simulation/60_cytoskeleton.ipynb #4401eae7
@@ -53,7 +53,7 @@ def paint_microtubules(
     bright = bright * ragged(canvas, points.shape[1:], u(0.2, 0.9, 1, 1))
     paint_points(canvas, points, bright * step, take_ids(canvas, m))
     canvas.multiply(soft_step(outline.depth - 0.2, 0.8))
-    paint_haze(canvas, u(0, 1.0) ** 2 * 2.5, outline.depth)
+    paint_background(canvas, u(0, 1.0) ** 2 * 2.5, outline.depth)
 
 # %% ../../nbs/lib/simulation/60_cytoskeleton.ipynb #ecb8ca4f
 def paint_mesh(
@@ -62,7 +62,7 @@ def paint_mesh(
     density: float,     # um of filament per um2
     length_um: float,
     bright,             # (n, 1, 1)
-    bend: tuple[float, float] = (0.4, 1.3),     # range of the curvature, 1/um
+    bend: tuple[float, float] = (0.4, 1.3),     # range of the curvature, µm⁻¹
     grain=None,         # (n, 1) a common direction, radians
 ):
     "Thin wavy filaments; a third of them leaves from nodes, in two or three strands each."
@@ -96,7 +96,7 @@ def paint_bundles(
     width_um,               # (n, m, 1): spread of the strands
     bright,                 # (n, m, 1)
     strands: int = 7,
-    bend: float = 0.25,     # 1/um
+    bend: float = 0.25,     # µm⁻¹
     fan: float = 0.6,       # how far strands part at one end
 ):
     "Thick fibres: strands that share a course, start and stop at their own places, and part at an end."
@@ -152,4 +152,4 @@ def paint_factin(
         paint_points(canvas, place, power * u(0, 2, count, blob))
     patches = torch.exp(0.35 * smooth_noise(canvas, 1.6, octaves=2)[:, 0])
     canvas.multiply(soft_step(outline.depth, 0.3) * patches)
-    paint_haze(canvas, u(0, 1.0) ** 2 * 2.5, outline.depth)
+    paint_background(canvas, u(0, 1.0) ** 2 * 2.5, outline.depth)

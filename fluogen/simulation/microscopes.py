@@ -22,7 +22,7 @@ class OpticsRange:
     photons: tuple = ((50, 90), (130, 250), (370, 1000))                # peak of one image, log-uniform
     background: tuple = ((0.02, 0.15),)                                 # fraction of `photons`, everywhere
     read_noise: tuple = ((0.9, 2.2),)                                   # photoelectrons
-    haze: tuple = ((0.0, 0.25),)                                        # share of out-of-focus light
+    haze: tuple = ((0.0, 0.25),)                                        # fraction of out-of-focus light
     reserved: bool = False                                              # never to be trained on
 
     def __post_init__(self):

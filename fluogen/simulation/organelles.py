@@ -12,7 +12,7 @@ import torch
 
 from .geometry import (
     count_curves, count_labels, curl, draw_outline, draw_polygons, hash_edges, lattice_sites, look_up, mean_per_cell,
-    paint_haze, paint_tubes, pull_inside, ragged, sample_at, scatter_anchors, soft_step, stretch, walk, warp_lattice)
+    paint_background, paint_tubes, pull_inside, ragged, sample_at, scatter_anchors, soft_step, stretch, walk, warp_lattice)
 from .raster import Canvas, Stamp, paint_points, smooth_noise, take_ids
 
 # %% ../../nbs/lib/simulation/70_organelles.ipynb #17dbddd6
@@ -49,7 +49,7 @@ def paint_er(
             labels = count_labels(net, mine > 0)
     grain = 1 + 0.25 * smooth_noise(canvas, 0.12)[:, 0] + 0.25 * smooth_noise(canvas, 1.5)[:, 0]
     canvas.add_image(total * grain.clamp_min(0.15) * 10, labels)
-    paint_haze(canvas, u(0, 1.0) ** 2 * 1.5, outline.depth)
+    paint_background(canvas, u(0, 1.0) ** 2 * 1.5, outline.depth)
 
 # %% ../../nbs/lib/simulation/70_organelles.ipynb #836611ff
 def paint_ccps(
@@ -85,7 +85,7 @@ def paint_ccps(
     bright = canvas.brightness(0.45, m + q) * keep * (size / middle).clamp_min(0.35)
     weight = bright[..., None] * uneven / around
     paint_points(canvas, places[..., None] + ring, weight, take_ids(canvas, m + q))
-    paint_haze(canvas, u(0, 1.0) ** 2 * 1.5, outline.depth)
+    paint_background(canvas, u(0, 1.0) ** 2 * 1.5, outline.depth)
 
 # %% ../../nbs/lib/simulation/70_organelles.ipynb #83448099
 def paint_mitochondria(
@@ -119,7 +119,7 @@ def paint_mitochondria(
     here = here[:, :q] * (cut[:, :q, 0] < 0.3 * length)
     fill_tubes(canvas, twigs, length / 2, u(0.0, 0.5, q, 1) * length / 2, wide, here, style,
                radius_um[1] * 1.35, from_start=True)
-    paint_haze(canvas, u(0, 1.0) ** 2 * 1.2, outline.depth)
+    paint_background(canvas, u(0, 1.0) ** 2 * 1.2, outline.depth)
 
 # %% ../../nbs/lib/simulation/70_organelles.ipynb #8d4a21ba
 def fill_tubes(
@@ -174,4 +174,4 @@ def paint_lysosomes(
     bright = (canvas.brightness(0.6, m) * keep)[..., None, None]
     stamp.add(bright * (solid * (1 - hollow) + shell * hollow) * 8)
     stamp.label((distance < r) & (bright > 0), take_ids(canvas, m))
-    paint_haze(canvas, u(0, 1.0) ** 2 * 1.2, outline.depth)
+    paint_background(canvas, u(0, 1.0) ** 2 * 1.2, outline.depth)

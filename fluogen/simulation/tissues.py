@@ -23,7 +23,7 @@ def paint_nuclei(
     keep: tuple[float, float] = (0.4, 1.0),         # range of the part of sites that hold a nucleus
     texture: float = 0.22,              # contrast of chromatin
     spread: float = 0.25,               # spread of brightness between nuclei
-    background: float = 0.08,           # the brightest haze, relative to a nucleus
+    background: float = 0.08,           # the brightest out-of-focus background, relative to a nucleus
 ):
     "Bent ellipses with chromatin and nucleoli; some overlap, some are small and bright (condensed)."
     u, middle = canvas.uniform, sum(radius_um) / 2
@@ -51,8 +51,8 @@ def paint_nuclei(
     coarse = smooth_noise(canvas, 2.8)[:, 0]
     grain = 1 + texture * u(0.4, 1.2)[:, None, None] * (0.75 * fine + 0.5 * coarse)
     canvas.multiply(grain.clamp(0.25, 2.2))
-    haze = torch.sigmoid(smooth_noise(canvas, 12.0)[:, 0]) * (u(0, 1) ** 2 * background)[:, None, None]
-    canvas.add_image(haze)
+    veil = torch.sigmoid(smooth_noise(canvas, 12.0)[:, 0]) * (u(0, 1) ** 2 * background)[:, None, None]
+    canvas.add_image(veil)
 
 # %% ../../nbs/lib/simulation/80_tissues.ipynb #b7898f3a
 def paint_nucleoli(
@@ -84,29 +84,29 @@ def paint_sheet(
     spacing, middle = u(*spacing_um), canvas.size_px // 2
     y, x = warp_lattice(canvas, spacing, bends=((60.0, 9.0), (9.0, 1.2)), stretch=0.5)
     net = draw_polygons(canvas, y, x, jitter=0.8, extent=canvas.field_um / spacing_um[0] * 2 + 10)
-    dice = lambda: draw_per_cell(net, canvas.generator)                               # noqa: E731
+    per_cell = lambda: draw_per_cell(net, canvas.generator)
     gap = smooth_noise(canvas, 90.0)[:, 0]
     gap = mean_per_cell(net, gap - gap[:, middle:middle + 1, middle:middle + 1])  # the middle is never a gap
     full = half(0.3, 2.0)
     here, across_gap = ((look_up(gap, which) < full).float() for which in (net.cell, net.other))
-    bright = torch.exp((dice() - 0.5) * 1.6) * here
-    turn, long = dice() * math.pi, 1 + 0.5 * dice()
+    bright = torch.exp((per_cell() - 0.5) * 1.6) * here
+    turn, long = per_cell() * math.pi, 1 + 0.5 * per_cell()
     along = (net.dy * turn.sin() + net.dx * turn.cos()) / long
     across = (net.dx * turn.sin() - net.dy * turn.cos()) * long
-    near = (along**2 + across**2).sqrt() / (0.2 + 0.08 * dice())  # 1 at the nuclear envelope
+    near = (along**2 + across**2).sqrt() / (0.2 + 0.08 * per_cell())  # 1 at the nuclear envelope
     nucleus = soft_step((1 - near) * 5.0, 2.0)
     floor = 0.4 * across_gap  # cells thin out towards a gap
     body = floor + (1 - floor) * soft_step(net.border * spacing[:, None, None] - half(0.3, 1.5), 4.0)
     texture = 1 + 0.22 * smooth_noise(canvas, 3.0, octaves=2)[:, 0]
     if stain == "er":
-        side = (dice() * 2 * math.pi)
+        side = (per_cell() * 2 * math.pi)
         lean = (net.dy * side.sin() + net.dx * side.cos()) / (net.dy**2 + net.dx**2 + 1e-4).sqrt()
         level = 0.25 + (1.1 + 0.5 * lean) * torch.exp(-((near - 1.35) / 0.9)**2)
         level = level * (1 - 0.65 * nucleus)
     else:
         level = 0.1 + 0.9 * torch.exp(-(near / 1.9)**2) - 0.35 * nucleus
         for strength, size, reach in ((0.9, 0.06, 0.16), (0.6, 0.045, 0.2)):          # two nucleoli
-            away = (along - (dice() - 0.5) * reach)**2 + (across - (dice() - 0.5) * reach)**2
+            away = (along - (per_cell() - 0.5) * reach)**2 + (across - (per_cell() - 0.5) * reach)**2
             level = level + strength * nucleus * torch.exp(-away / size**2)
     image = bright * body * level.clamp_min(0) * texture.clamp_min(0.2)
     canvas.add_image(image + half(0.0, 0.06), count_labels(net, here > 0.5))

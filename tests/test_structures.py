@@ -5,10 +5,9 @@ import torch
 from counts import Operations
 
 from fluogen.core import FluogenError, make_generator
-from fluogen.simulation.raster import Canvas, Stamp, paint_points, smooth_noise, take_ids
-from fluogen.simulation.geometry import draw_outline, draw_polygons, lattice_sites, pull_inside
-from fluogen.simulation.geometry import walk
+from fluogen.simulation.geometry import draw_outline, draw_polygons, lattice_sites, pull_inside, walk
 from fluogen.simulation.organelles import paint_ccps
+from fluogen.simulation.raster import Canvas, Stamp, paint_points, smooth_noise, take_ids
 from fluogen.simulation.structures import STRUCTURES, StructureError, render, structure_of
 
 PROMPTS = [prompt for spec in STRUCTURES.values() for prompt in spec.prompts]

@@ -1,8 +1,8 @@
-"A copied training picture is flagged, turned, mirrored, shifted or darkened; honest pictures are not."
+"A copied training image is flagged, turned, mirrored, shifted or darkened; honest images are not."
 import numpy as np
 import pytest
 
-from fluogen.metrics.memorization import check_copies, find_nearest, shrink_pictures, turn_pictures
+from fluogen.metrics.memorization import check_copies, find_nearest, shrink_images, apply_symmetry
 from fluogen.metrics.restoration import MetricError
 
 DICE = np.random.default_rng(1)
@@ -98,13 +98,13 @@ def test_kinds_are_judged_on_their_own_scale():
 
 def test_the_symmetries_are_eight_and_flat_pictures_have_no_copy():
     image = DICE.random((1, 64, 64))
-    assert len({turn_pictures(image, k).tobytes() for k in range(8)}) == 8
+    assert len({apply_symmetry(image, k).tobytes() for k in range(8)}) == 8
     assert find_nearest(np.ones((1, 64, 64)), image)[0] == 1
-    assert not shrink_pictures(np.zeros((1, 32, 32))).any()
+    assert not shrink_images(np.zeros((1, 32, 32))).any()
 
 
 def test_wrong_inputs_give_one_line(sets):
     with pytest.raises(MetricError, match="32 pixels or more"):
-        shrink_pictures(np.zeros((1, 33, 31)))
-    with pytest.raises(MetricError, match="too few held-out pictures"):
+        shrink_images(np.zeros((1, 33, 31)))
+    with pytest.raises(MetricError, match="too few held-out images"):
         check_copies(sets[2], sets[0], sets[1][:50])
