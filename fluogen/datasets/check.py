@@ -152,7 +152,7 @@ def check_folders(
     records: list[Record],
     folders: dict[str, str] | None = None,      # folder name -> the prompt that belongs to it
 ) -> list[Finding]:
-    "Prompts that the names of folders speak against; one finding for each folder and prompt."
+    "Prompts that the names of their folders contradict; one finding for each folder and prompt."
     pairs: dict = {}
     for record in records:
         parts = (record.base.name, *PurePath(normpath(record.image)).parts[:-1])
@@ -281,12 +281,13 @@ def check_pair(condition: ImageStats, target: ImageStats, pixels: tuple) -> tupl
     if shift.is_certain and min(condition.shape) / 4 < shift.length:
         return [("two-fields", f"the target lies {shift.length:.0f} pixels away, more than a quarter of the field")], None
     moved = shift.is_certain and shift.length > 2                                   # then thumbnails need not agree
-    strange = (not moved and are_strangers(condition.clarity, target.clarity, alike) if shift.scale == 1 else
+    strange = (not moved and are_strangers(condition.snr_correlation, target.snr_correlation, alike) if shift.scale == 1 else
                not shift.is_certain and alike < 0.3)
     if strange:
         return [("two-fields", f"little in common (correlation {alike:.2f})")], None
-    if shift.scale == 1 and target.speckle > NOISIER * condition.speckle:
-        found.append(("exchanged", f"the target is noisier than the input (speckle {target.speckle:.3f} and {condition.speckle:.3f})"))
+    if shift.scale == 1 and target.noise_ratio > NOISIER * condition.noise_ratio:
+        found.append(("exchanged", "the target is noisier than the input "
+                      f"(noise ratio {target.noise_ratio:.3f} and {condition.noise_ratio:.3f})"))
     if not shift.is_certain:
         return found, None
     if shift.exceeds(SLIGHT_PX):

@@ -104,8 +104,7 @@ def unpack(
             with tarfile.open(archive) as file:
                 file.extractall(folder, filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError) as error:
-        raise DownloadError("cannot be unpacked", where=archive, found=error,
-                            expected="a zip or tar archive") from None
+        raise DownloadError("cannot be unpacked", where=archive, found=error, expected="a zip or tar archive") from None
 
 
 def download_dataset(

@@ -69,10 +69,10 @@ class ImageStats:
     constant: bool
     bad: int                        # NaN or infinite pixels
     blocks: float                   # see `measure_blocks`
-    speckle: float                  # see `noise_ratio`
+    noise_ratio: float              # see the function of this name
     content: str                    # hash of the pixels
     thumbnail: np.ndarray           # (SIDE * SIDE,) zero mean, length 1
-    clarity: float                  # see `snr_correlation`
+    snr_correlation: float          # see the function of this name
     labels: bool = False            # a mask: pieces of equal whole numbers, see `fluogen.preprocessing.labels`
 
     @property
@@ -107,7 +107,7 @@ def snr_correlation(plane) -> float:
 def measure_image(
     path: str | Path,
     frames: str | None = None,      # "mean": of the frames of a stack, see `read_plane`
-) -> tuple[ImageStats, np.ndarray]:      # facts, pixels as stored
+) -> tuple[ImageStats, np.ndarray]:      # statistics, pixels as stored
     "Read an image and measure it. Raises `ImageReadError` as `read_image` does."
     image = read_plane(path, frames)
     array = image.array

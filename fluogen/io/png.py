@@ -66,8 +66,7 @@ def _read_header(file: CheckedFile, first: dict, pixels: bytes) -> tuple[tuple, 
     dtype, samples = _KINDS[colour, bits]
     size = _count_bytes(height, width, samples * bits, interlaced)
     if not (0 < height < 2**31 and 0 < width < 2**31) or size > 1100 * len(pixels):
-        raise file.error("image size and stored bytes disagree (PNG)", f"{len(pixels)} bytes",
-                         f"{size} unpacked")
+        raise file.error("image size and stored bytes disagree (PNG)", f"{len(pixels)} bytes", f"{size} unpacked")
     stream = zlib.decompressobj()
     try:
         count = len(stream.decompress(pixels, size + 1))                # Pillow would pad what is missing

@@ -210,8 +210,7 @@ def as_stack(
     stack = np.asarray(images, dtype=np.float32)
     stack = stack[:, 0] if stack.ndim == 4 and stack.shape[1] == 1 else stack
     if stack.ndim != 3 or 0 in stack.shape:
-        raise MetricError("not a set of images", where=name, found=f"shape {np.shape(images)}",
-                          expected="(N, H, W)")
+        raise MetricError("not a set of images", where=name, found=f"shape {np.shape(images)}", expected="(N, H, W)")
     if not np.isfinite(stack).all():
         raise MetricError("images must be finite", where=name, found="NaN or infinity")
     return stack

@@ -31,8 +31,7 @@ def measure_ridges(
     padded = np.pad(strength, 1)
     crest = np.zeros(image.shape, bool)
     for k, (dy, dx) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
-        one, other = (padded[1 + v : 1 + v + height, 1 + u : 1 + u + width]
-                      for v, u in ((dy, dx), (-dy, -dx)))
+        one, other = (padded[1 + v : 1 + v + height, 1 + u : 1 + u + width] for v, u in ((dy, dx), (-dy, -dx)))
         crest |= (step == k) & (strength >= one) & (strength >= other)
     return strength, crest & near & (strength > 0)
 

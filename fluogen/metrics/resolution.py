@@ -100,8 +100,7 @@ def fourier_ring_correlation(
 def split_checkerboard(image) -> list:
     "Two pairs of half-size images, the diagonals of 2 x 2 blocks, each with the shift of b against a in px."
     image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]
-    return [(image[::2, ::2], image[1::2, 1::2], (0.5, 0.5)),
-            (image[::2, 1::2], image[1::2, ::2], (0.5, -0.5))]
+    return [(image[::2, ::2], image[1::2, 1::2], (0.5, 0.5)), (image[::2, 1::2], image[1::2, ::2], (0.5, -0.5))]
 
 
 def split_binomial(

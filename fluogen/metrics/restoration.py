@@ -61,7 +61,7 @@ def score_planes(metric, *arrays):
 # %% ../../nbs/lib/metrics/10_restoration.ipynb #a380f7f6
 def psnr(
     target,             # (..., Y, X) the ground truth
-    image,              # (..., Y, X) what is judged, taken as it stands: no gain, no clipping
+    image,              # (..., Y, X) the image to evaluate, taken as it stands: no gain, no clipping
     data_range: float,  # black to white, in the images' unit; no default on purpose
 ):                      # dB; float, or (...) for a stack: one score an image, never pooled
     "Peak signal-to-noise ratio of each image, all pixels. Equal images: infinity."
@@ -74,7 +74,7 @@ def psnr(
 # %% ../../nbs/lib/metrics/10_restoration.ipynb #8c2564d8
 def ssim(
     target,             # (..., Y, X) the ground truth, at least 11 x 11
-    image,              # (..., Y, X) what is judged
+    image,              # (..., Y, X) the image to evaluate
     data_range: float,  # black to white, in the images' unit
 ):                      # -1 ... 1; float, or (...) for a stack
     """Structural similarity: Gaussian window sigma 1.5 px (11 x 11), population covariance, no border.
@@ -91,7 +91,7 @@ def ssim(
 # %% ../../nbs/lib/metrics/10_restoration.ipynb #676d89a2
 def ms_ssim(
     target,             # (..., Y, X) the ground truth, at least 176 x 176
-    image,              # (..., Y, X) what is judged
+    image,              # (..., Y, X) the image to evaluate
     data_range: float,  # black to white, in the images' unit
 ):                      # 0 ... 1; float, or (...) for a stack
     """Multi-scale SSIM: 5 scales, Wang's powers, 2 x 2 means between scales, negative terms set to 0.
@@ -128,7 +128,7 @@ def fit_linear(
 
 def nrmse(
     target,             # (..., Y, X) the ground truth
-    image,              # (..., Y, X) what is judged, after `fit_linear` to the target, image by image
+    image,              # (..., Y, X) the image to evaluate, after `fit_linear` to the target, image by image
     data_range: float,  # divides the error; the target's own range where papers say "min-max"
 ):                      # 0 ...; float, or (...) for a stack
     """Root-mean-square error over `data_range`, after the best gain >= 0 and offset for each image.

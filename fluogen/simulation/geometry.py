@@ -262,8 +262,7 @@ def draw_polygons(
     seeds = canvas.uniform(0.5 - jitter / 2, 0.5 + jitter / 2, 2, size, size).movedim(1, 0)  # (2, n, size, size)
     names = torch.arange(canvas.n * size**2, device=y.device, dtype=torch.int32).view(canvas.n, size, size)
     steps = [(a, b) for a in range(-reach, reach + 1) for b in range(-reach, reach + 1)]
-    shifted = [torch.stack([seeds[0] + a, seeds[1] + b]).roll((-a, -b), (-2, -1)).flatten(1)
-               for a, b in steps]
+    shifted = [torch.stack([seeds[0] + a, seeds[1] + b]).roll((-a, -b), (-2, -1)).flatten(1) for a, b in steps]
     cy, cx = y.floor(), x.floor()
     fy, fx = (y - cy).flatten(), (x - cx).flatten()
     base = names[:, :1, :1] + (cy.int() & (size - 1)) * size + (cx.int() & (size - 1))

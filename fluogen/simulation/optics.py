@@ -175,8 +175,7 @@ def bin_to_camera(
 ) -> torch.Tensor:              # (B, C, H/2, W/2), light per camera pixel
     "Sum 2×2 fine pixels: a camera pixel integrates over its area, and no photon is lost."
     if image.shape[-1] % UPSAMPLING or image.shape[-2] % UPSAMPLING:
-        raise OpticsError("height and width must be even", where="bin_to_camera",
-                          found=tuple(image.shape[-2:]))
+        raise OpticsError("height and width must be even", where="bin_to_camera", found=tuple(image.shape[-2:]))
     return F.avg_pool2d(image, UPSAMPLING) * UPSAMPLING**2
 
 # %% ../../nbs/lib/simulation/10_optics.ipynb #36343077

@@ -112,11 +112,7 @@ def paint_sheet(
     canvas.add_image(image + half(0.0, 0.06), count_labels(net, here > 0.5))
 
 # %% ../../nbs/lib/simulation/80_tissues.ipynb #95097ee6
-def paint_membranes(
-    canvas: Canvas,
-    spacing_um: tuple[float, float] = (6.0, 12.0),
-    width_um: tuple[float, float] = (0.4, 0.9),
-):
+def paint_membranes(canvas: Canvas, spacing_um: tuple[float, float] = (6.0, 12.0), width_um: tuple[float, float] = (0.4, 0.9)):
     "Walls between the cells of an embryo: uneven, brighter where three meet; tissue ends in places."
     u, half = canvas.uniform, lambda low, high: canvas.uniform(low, high)[:, None, None]
     spacing, width = u(*spacing_um), half(*width_um) / 1.665
@@ -145,11 +141,7 @@ def paint_membranes(
     canvas.add_image(torch.sigmoid(fold + smooth_noise(canvas, 20.0)[:, 0]) * half(0.0, 0.12))
 
 # %% ../../nbs/lib/simulation/80_tissues.ipynb #ea9dce1b
-def paint_cocci(
-    canvas: Canvas,
-    radius_um: tuple[float, float] = (0.42, 0.58),
-    wall_um: float = 0.05,
-):
+def paint_cocci(canvas: Canvas, radius_um: tuple[float, float] = (0.42, 0.58), wall_um: float = 0.05):
     "Spheres with a stained membrane, in groups; a part of them divides: a septum, then two flattened halves."
     u = canvas.uniform
     sites = lattice_sites(canvas, 2.0 * radius_um[1], jitter=0.3, margin_um=2 * radius_um[1])
@@ -189,11 +181,7 @@ def paint_cocci(
     canvas.add_image((u(0, 1)**2 * 0.04)[:, None, None].expand(-1, canvas.size_px, canvas.size_px))
 
 # %% ../../nbs/lib/simulation/80_tissues.ipynb #bbe3e1d4
-def paint_rods(
-    canvas: Canvas,
-    radius_um: tuple[float, float] = (0.38, 0.5),
-    length_um: tuple[float, float] = (1.8, 4.5),
-):
+def paint_rods(canvas: Canvas, radius_um: tuple[float, float] = (0.38, 0.5), length_um: tuple[float, float] = (1.8, 4.5)):
     "Rods with round ends, side by side in places, membrane or cytosol stained; long ones divide."
     u = canvas.uniform
     low, high = length_um
