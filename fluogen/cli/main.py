@@ -151,7 +151,7 @@ def run_check(args, log) -> int:
         log(f"{manifest}: aligned copies" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
         report = check_data(manifest)
     print(f"next        {next_step(report, manifest)}", flush=True)
-    return 1 if report.must_mend else 0
+    return 1 if report.errors else 0
 
 # %% ../../nbs/lib/cli/40_main.ipynb #8542d214
 PEFT_NAMES = {"norm": "norms", "lora": "low-rank", "l2sp": "anchored"}
