@@ -65,7 +65,7 @@ def test_statistics_do_not_care_about_size_or_symmetry(scenes):
 
 
 def test_a_small_training_is_packed_and_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
+    monkeypatch.setattr(room, "SceneStream", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
     monkeypatch.setattr(room, "simulate_targets", lambda prompts, n, *rest, **more: simulate_targets(prompts, min(n, 16), *rest, **more))
     folder = room.train_encoder(tmp_path / "small", tmp_path / "work", steps=2, crops=4)
     first = load_encoder(str(folder))
@@ -77,7 +77,7 @@ def test_a_small_training_is_packed_and_goes_on(monkeypatch, tmp_path):
 
 
 def test_one_command_makes_both_legs_and_goes_on_after_the_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
+    monkeypatch.setattr(room, "SceneStream", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
     monkeypatch.setattr(room, "simulate_targets", lambda prompts, n, *rest, **more: simulate_targets(prompts, min(n, 16), *rest, **more))
     monkeypatch.setattr(room, "LEGS", (2, 1))
     run = lambda minutes: room.train_encoder(tmp_path / "out" / "two", tmp_path / "work", minutes, crops=4)
@@ -102,5 +102,5 @@ def test_what_is_no_picture_is_refused(wrong, words):
 
 
 def test_other_weights_are_refused():
-    with pytest.raises(EncoderError, match="no encoder"):
+    with pytest.raises(EncoderError, match="hold no encoder"):
         load_encoder("fluogen-nano")

@@ -80,7 +80,7 @@ def test_times_linger_where_noise_and_picture_are_level(kind):
 
 
 def test_trains_goes_on_and_starts_from_weights(shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr(prior, "Rounds", lambda simulate, seed, **more: SceneStream(simulate, seed, **(more | {"n": 8})))
+    monkeypatch.setattr(prior, "SceneStream", lambda simulate, seed, **more: SceneStream(simulate, seed, **(more | {"n": 8})))
     manifest = shelf(("nuclei", "open-CC0"))
     options = dict(crops=4, device="cpu", config=BackboneConfig.tiny(), real=[manifest])
     out = train_prior(tmp_path / "one", tmp_path / "work", steps=2, **options)

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from fluogen.io import files
 from fluogen.models import zoo
 from fluogen.models.packing import PackingError
 from fluogen.models.cards import CardError
-from fluogen.models.zoo import ZooError, describe, find_weights, list_weights, load_weights, save_weights
+from fluogen.models.zoo import ZooError, describe, find_weights, list_weights, load_weights, register_builder, save_weights
 
 
 @pytest.fixture
@@ -103,6 +105,52 @@ def test_the_card_may_be_corrected(cache):
     change_config(cache / "toy", card=CARD | {"summary": "better words"})
     assert load_weights("toy").config["card"]["summary"] == "better words"
     assert "better words" in describe(cache / "toy")
+
+
+def test_every_shipped_set_comes_back_as_networks():
+    for name in list_weights():
+        weights = load_weights(name)
+        assert weights.modules and all(isinstance(module, torch.nn.Module) for module in weights.modules.values()), name
+        assert not any(p.requires_grad for module in weights.modules.values() for p in module.parameters())
+
+
+def build_toy(entry, config):
+    return torch.nn.Linear(entry["n"], config["scale"])
+
+
+def test_a_system_adds_a_network_by_name(cache, monkeypatch):
+    monkeypatch.setattr(zoo, "BUILDERS", dict(zoo.BUILDERS))
+    net = build_toy({"n": 3}, {"scale": 2})
+    for folder, entry in (("a", {"n": 3}), ("b", {"n": 3, "builder": "linear"})):
+        module = "linear" if folder == "a" else "generator"
+        save_weights(cache / folder, {module: net.state_dict()}, {"task": "none", "scale": 2, "modules": {module: entry}}, CARD, "fp32")
+    with pytest.raises(ZooError, match="a/linear: no builder of that name is registered .found linear"):
+        load_weights("a")
+    register_builder("linear", f"{__name__}:build_toy")
+    assert torch.equal(load_weights("a").linear.weight, net.weight) and torch.equal(load_weights("b").generator.weight, net.weight)
+    with pytest.raises(ZooError, match="this name has another builder"):
+        register_builder("linear", "fluogen.models.unet:build_backbone")
+    with pytest.raises(ZooError, match="not the name of a builder"):
+        register_builder("other", "no colon")
+
+
+@pytest.mark.parametrize("builder", ["os:system", "canary:build_it", "fluogen.io.files:write_json", "fluogen.core:resolve", "fluogen",
+                                     "fluogen.models.unet:Backbone", "fluogen.x:build_y.z", "fluogenx.y:build_z"])
+def test_a_config_of_a_stranger_imports_nothing(cache, tmp_path, monkeypatch, builder):
+    (tmp_path / "canary.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    save_weights(cache / "evil", {"net": {"weight": torch.zeros(2)}}, {"task": "none", "modules": {"net": {"builder": builder}}}, CARD, "fp32")
+    with pytest.raises(ZooError, match="no builder of that name") as caught:
+        load_weights("evil")
+    assert "\n" not in str(caught.value)
+
+
+def test_restoring_imports_only_the_networks_that_its_weights_have():
+    code = ("import sys; from fluogen.models.zoo import load_weights; load_weights('nano-sr-direct'); "
+            "print(*(name for name in sys.modules if name.startswith('fluogen.')))")
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "fluogen.models.unet" in loaded and not {f"fluogen.models.{name}" for name in (
+        "controlnet", "quantile_heads", "convert", "baselines", "classical", "image_encoder")} & set(loaded)
 
 
 # ---- what does not
