@@ -119,7 +119,7 @@ def test_tuned_weights_are_calibrated_on_what_they_did_not_learn_from(model, tmp
     said, weights = [], load_weights(model)
     manifest = write_pairs(tmp_path, range(6))
     assert len(unseen_pairs(manifest, weights, said.append)) == 6 and said == []
-    tuned = replace(weights, config=weights.config | {"card": {"recipe": "fluogen finetune mine.jsonl --task sr --name x"}})
+    tuned = replace(weights, config=weights.config | {"facts": {"tuned_on": ["mine.jsonl"]}})
     assert len(unseen_pairs(manifest, tuned, said.append)) == 6
     assert said == [f"note: {tuned.name} was tuned on mine.jsonl; on cells that it has learnt from the promise is void"]
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]

@@ -25,7 +25,7 @@ from ..core import FluogenError, resolve
 from ..io.files import atomic_write
 from ..diffusion.direct import DirectConfig
 from ..diffusion.schedule import Schedule, ScheduleConfig
-from .cards import write_card
+from .cards import check_facts, write_card
 from .packing import pack_state, unpack_state
 
 
@@ -76,6 +76,11 @@ class Weights:
     def id(self) -> str:
         "Name and first digits of the hash of the numbers: what runs and images record."
         return f"{self.name}@{self.config['sha256'][:12]}"
+
+    @property
+    def facts(self) -> dict:
+        "What code may ask of these weights, see `fluogen.models.cards.FACTS`."
+        return self.config.get("facts") or {}
 
     def __getattr__(self, key):
         modules = self.__dict__.get("modules", {})
@@ -142,6 +147,7 @@ def save_weights(
     method: str = "fp16",           # packing, see `fluogen.models.packing`
     base: str | None = None,        # name or folder of weights whose modules these are differences to
     rank: int | None = None,
+    facts: dict | None = None,      # what code may ask, see `fluogen.models.cards.facts_of`
 ) -> Path:
     "Pack and write a set of weights; the old one stays until the new one is complete."
     folder = Path(folder)
@@ -154,7 +160,7 @@ def save_weights(
         config["base"] = {"name": base_config["name"], "sha256": base_config["sha256"]}
     data = save_tensors(packed, {"config_sha256": _config_hash(config)})      # one key: the file's order of several is random
     config["sha256"] = hashlib.sha256(data).hexdigest()
-    config["card"] = card
+    config |= {"card": card} | ({"facts": check_facts(facts)} if facts else {})
     parts = {"weights.safetensors": data, "config.json": json.dumps(config, indent=1).encode() + b"\n",
              "card.md": write_card(config).encode()}
     with atomic_write(folder) as temporary:             # the three files change together or not at all
@@ -168,7 +174,7 @@ def state_fact(folder: str | Path, name: str, value) -> None:
     "Write one fact that code needs into the config of weights; facts change no result, so hash and id stay."
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
-    config["facts"] = {**config.get("facts", {}), name: value}
+    config["facts"] = check_facts({**config.get("facts", {}), name: value})
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(config, indent=1) + "\n")
 

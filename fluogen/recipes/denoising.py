@@ -21,7 +21,7 @@ from ..simulation.pairs import simulate_clean
 from ..simulation.stream import SceneStream
 from ..simulation.structures import STRUCTURES
 from ..diffusion.direct import DirectConfig
-from ..models.cards import licence_after, module_configs, summary_after, training_facts
+from ..models.cards import facts_of, module_configs, training_facts
 from ..models.classical import denoise_nlm
 from ..models.controlnet import ControlConfig
 from ..models.zoo import load_weights
@@ -105,20 +105,20 @@ def train_denoise(
     weights, crops = load_weights(start or base), crops or (8 if device.type == "cpu" else 64)
     fitter = DirectLearner(weights, DENOISE, prompt_dropout=0.3) if direct else add_branch(weights)
     rounds = SceneStream(simulate_clean, derive_seed(seed, "denoise"), n=512, device=device)
-    facts = {"start": weights.id, "adaptation": "denoise" if direct else "denoise, control", "crops": crops}
+    begun = {"start": weights.id, "adaptation": "denoise" if direct else "denoise, control", "crops": crops}
     result = adapt_prior(fitter, lambda step: denoise_batch(step, seed, crops, rounds), work, steps=steps, minutes=minutes, lr=lr,
-                         seed=seed, device=device, facts=facts)
+                         seed=seed, device=device, facts=begun)
     about = {"task": "denoise", "adaptation": adaptation, "scale": 1, "schedule": asdict(weights.schedule.config), "norm": NORM_ANSCOMBE,
              "direct": asdict(fitter.config) if direct else None, "modules": module_configs(fitter.modules)}
     bands = ", ".join(f"{low:g} to {high:g}" for low, high in EXPOSURES)
-    card = {"summary": summary_after(weights if start else None, f"Denoising of one image at any exposure, {adaptation} adaptation of "
-                                     f"{load_weights(base).id}; the noise is stated or estimated."),
+    prior = start and weights.facts.get("prior") or weights.id
+    card = {"summary": f"Denoising of one image at any exposure, {adaptation} adaptation of {prior}; the noise is stated or estimated.",
             "data": f"Simulated images only, optics range '{TRAIN.name}', half confocal, half widefield; photons {bands}; "
                     f"structures {', '.join(STRUCTURES)}.",
-            "licence": licence_after(weights),
             "recipe": f"fluogen train {Path(out).name} --seed {seed} --steps {steps} --rate {lr:g}"
                       + (f", gone on from {weights.id}" if start else ""),
             "training": training_facts(result, crops, device),
             "limits": "Noise that neighbouring pixels share is taken for structure; structures unlike the simulated ones are smoothed "
                       "towards them." + ("" if direct else ONE_OF_MANY)}
-    return keep_weights(out, fitter, about, card, score_denoise, "int8", base if direct else None)
+    facts = facts_of(weights, result, optics=TRAIN.name, prior=prior)
+    return keep_weights(out, fitter, about, card, score_denoise, "int8", base if direct else None, facts)

@@ -14,10 +14,11 @@ import torch
 from torch.nn import functional as F
 
 from ..core import derive_seed, make_rng
+from ..simulation.microscopes import HELD_OUT, TRAIN
 from ..simulation.pairs import simulate_targets
 from ..simulation.stream import PAPER_PROMPTS, SceneStream, draw_rows
 from ..simulation.structures import STRUCTURES, structure_of
-from ..models.cards import training_facts
+from ..models.cards import describe_licence, facts_of, training_facts
 from ..models.image_encoder import EncoderError, ImageEncoder, embed, load_encoder, measure_statistics
 from ..models.zoo import load_weights, save_weights
 from ..training.augment import dihedral
@@ -91,14 +92,15 @@ def train_encoder(
 
 def is_done(folder: Path) -> bool:
     "Whether weights lie here that were trained to their last step."
-    return (folder / "config.json").is_file() and load_weights(str(folder)).config["card"]["training"]["stopped by"] == "steps"
+    return (folder / "config.json").is_file() and load_weights(str(folder)).facts.get("stopped_by") == "steps"
 
 
 def train_leg(out, work, minutes: float, steps: int, seed: int, crops: int, start: str | None = None, recipe: str = "") -> Path:
     "Train, standardise, pack, measure, write the card; arguments as of `train_encoder`, and the command that this is a part of."
     torch.manual_seed(seed)
     before = load_encoder(start).requires_grad_(True) if start else None
-    earlier = {"after": f"{load_weights(start).config['card']['training']['steps']} steps of {before.id}"} if start else {}
+    weights = load_weights(start) if start else None
+    earlier = {"after": f"{weights.facts['steps']} steps of {before.id}"} if start else {}
     modules = torch.nn.ModuleDict({"encoder": before or ImageEncoder(tuple(STRUCTURES))})
     settings = TrainConfig(steps=steps, minutes=minutes, lr=1e-3 if start else 2e-3, warmup=100, schedule="cosine",
                            ema_decay=0.995, seed=seed, device="cpu",
@@ -112,22 +114,24 @@ def train_leg(out, work, minutes: float, steps: int, seed: int, crops: int, star
     bare = torch.cat([encoder.bare(part) for part in scenes.target.split(64)])
     encoder.mean.copy_(bare.mean(0))
     encoder.std.copy_(bare.std(0))
+    facts = facts_of(weights, result, optics=TRAIN.name)
     about = {"task": "encode", "adaptation": "network", "modules": {"encoder": encoder.config}}
     card = {"summary": "Features of fluorescence pictures, to compare sets of them; names the structure as well.",
             "data": f"Simulated scenes ({', '.join(STRUCTURES)}), seeds apart from the prior's; one in three blurred, one in three noisy.",
-            "licence": "Apache-2.0; the training data are simulated by this package.",
+            "licence": describe_licence(facts),
             "recipe": recipe or f"fluogen train encoder --seed {seed} --steps {steps}" + (f" --start {before.id}" if start else ""),
             "training": training_facts(result, crops, torch.device("cpu")) | earlier, "scores": {},
             "limits": "Knows the package's own structures only; a picture of anything else is given the nearest of them."}
     save_weights(out, {"encoder": encoder.state_dict()}, about, card, method="int8")
     card["scores"] = score_encoder(load_encoder(str(out)), seed)
-    return save_weights(out, {"encoder": encoder.state_dict()}, about, card, method="int8")
+    facts["accuracy"] = next(iter(card["scores"].values()))
+    return save_weights(out, {"encoder": encoder.state_dict()}, about, card, method="int8", facts=facts)
 
 
 def score_encoder(encoder: ImageEncoder, seed: int = 0, n: int = 704) -> dict:
     "Accuracy on scenes of no training, as shipped: the training microscopes, and held-out ones."
     found = {}
-    for name, optics in (("training microscopes", "train"), ("held-out microscopes", "held-out")):
+    for name, optics in (("training microscopes", TRAIN), ("held-out microscopes", HELD_OUT)):
         scenes = simulate_targets(PAPER_PROMPTS, n, 128, seed=derive_seed(seed, "score"), split="test", optics=optics)
         _, named = embed(encoder, scenes.target)
         hits = [name_ == structure for name_, structure in zip(named, scenes.structures)]

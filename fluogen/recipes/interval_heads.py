@@ -24,7 +24,7 @@ from ..simulation.pairs import simulate_clean, simulate_pairs
 from ..simulation.stream import SceneStream, draw_rows
 from ..simulation.structures import STRUCTURES
 from ..diffusion.direct import restore_direct
-from ..models.cards import licence_after, training_facts
+from ..models.cards import describe_licence, facts_of, training_facts
 from ..models.quantile_heads import (
     HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss)
 from ..models.zoo import Weights, load_weights, save_weights
@@ -156,8 +156,8 @@ def train_heads(
         load_trained(fitter.modules, place, "average")
         fitter.modules.to("cpu").eval()
         log(f"{weights.name}: heads trained in {result.seconds / 60:.1f} minutes, {result.step} steps")
-        facts = training_facts(result, batch, device)
-        made.append(keep_heads(Path(out) / f"{weights.name}-heads", model, fitter, facts, seed, fields, log))
+        training, facts = training_facts(result, batch, device), facts_of(weights, result, optics=TRAIN.name)
+        made.append(keep_heads(Path(out) / f"{weights.name}-heads", model, fitter, training, facts, seed, fields, log))
     return made
 
 
@@ -168,28 +168,28 @@ def calibration_fields(fitter: HeadsLearner, n: int, seed: int) -> list:
     return exposed_fields(made, make_rng(seed, "exposures")) if fitter.noisy else simulated_fields(made)
 
 
-def keep_heads(folder: Path, model, fitter: HeadsLearner, facts: dict, seed: int, fields: int, log) -> Path:
+def keep_heads(folder: Path, model, fitter: HeadsLearner, training: dict, facts: dict, seed: int, fields: int, log) -> Path:
     "Write heads with their card, calibrate what was written, and put the widths into the card."
     weights, drawn = fitter.weights.to("cpu"), calibration_fields(fitter, fields, seed)
     exposures = f", {PHOTONS[0]} to {PHOTONS[1]} photons, noise estimated from each" if fitter.noisy else ""
     card = {"summary": f"Interval heads ({fitter.kind}) of {weights.id}: how dark and how bright a pixel could be.",
             "data": f"Simulated pairs, optics range '{TRAIN.name}'; calibrated on {len(drawn)} scenes of the split validation, "
                     f"optics range '{HELD_OUT.name}'{exposures}.",
-            "licence": licence_after(weights),
+            "licence": describe_licence(facts),
             "recipe": f"fluogen train heads --models {weights.name} --seed {seed}",
-            "training": facts, "scores": "being calibrated",
+            "training": training, "scores": "being calibrated",
             "limits": "The calibration speaks of simulated scenes like those it was made on. For your own images: fluogen calibrate."}
     about = {"task": "interval", "adaptation": fitter.kind, "schedule": None,
              "modules": {"heads": fitter.modules["heads"].config.to_dict()}}
     state = {"heads": fitter.modules["heads"].state_dict()}
-    save_weights(folder, state, about, card, "int8", base=str(model))
+    save_weights(folder, state, about, card, "int8", base=str(model), facts=facts)
     heads = load_weights(str(folder))
     found = calibrate_families(weights, heads, drawn, log=log)
     card["scores"] = {f"mean width at alpha 0.1, delta 0.1: {family}": round(c.width, 4) for family, c in found.items()}
     best, n = next(iter(found.values())), min(len(drawn) // 2, 44)
     missed = miss_by_exposure(best, weights, heads, settings_of(weights), n) if fitter.noisy else {}
     card["scores"] |= {f"share of pixels missed, test scenes, {photons} photons": round(share, 4) for photons, share in missed.items()}
-    save_weights(folder, state, about, card, "int8", base=str(model))
+    save_weights(folder, state, about, card, "int8", base=str(model), facts=facts)
     write_calibrations(folder, found)
     return folder
 

@@ -18,14 +18,15 @@ from ..core import FluogenError, choose_device, make_rng, to_model
 from ..io.image import read_image
 from ..preprocessing.normalize import scale_to_unit
 from ..datasets.registry import load_dataset
+from ..simulation.microscopes import TRAIN
 from ..simulation.pairs import simulate_targets
 from ..simulation.stream import OTHER_STRUCTURES, PAPER_PROMPTS, SR_STRUCTURES, SceneStream, draw_rows
 from ..simulation.structures import STRUCTURES
 from ..diffusion.schedule import Schedule, ScheduleConfig
-from ..models.cards import training_facts
+from ..models.cards import describe_licence, facts_of, training_facts
 from ..models.text_encoder import WordEncoder, drop_prompts
 from ..models.unet import Backbone, BackboneConfig
-from ..models.zoo import list_weights, load_weights, save_weights
+from ..models.zoo import load_weights, save_weights
 from ..training.augment import dihedral, draw_crop
 from ..training.optim import TrainConfig
 from ..training.trainer import load_state as load_trained, train
@@ -117,58 +118,46 @@ def train_prior(
     if before and before.config.get("task") != "generate":
         raise RecipeError("these weights are no prior to go on from", where=start, found=f"task {before.config.get('task')}",
                           expected="task generate", hint="Say --start nano-generate, or leave it out.")
-    earlier = before.config.get("card", {}) if before else {}
     modules = torch.nn.ModuleDict(dict(before.modules) if before else {
         "backbone": Backbone(config), "prompts": WordEncoder(PAPER_PROMPTS, config.prompt_width)}).requires_grad_(True)
-    facts = {"schedule": asdict(schedule.config), "deal": str(deal), "crops": crops,
+    begun = {"schedule": asdict(schedule.config), "deal": str(deal), "crops": crops,
              "images": sum(map(len, images.values())), "start": before and before.id}
     settings = TrainConfig(steps=steps, minutes=minutes, lr=lr, warmup=200, schedule="cosine", ema_decay=0.999, precision="bf16",
                            channels_last=True, seed=seed, validate_every=1000, device=device.type if device.type == "cpu" else "auto")
     rounds = SceneStream(simulate_targets, seed, n=deal.scenes, groups=deal.groups, device=device)
     result = train(modules, prior_loss(schedule), lambda step: prior_batch(step, seed, crops, rounds, images, deal.whole), settings, work,
-                   validate=validate_prior(schedule, seed, device), facts=facts)
+                   validate=validate_prior(schedule, seed, device), facts=begun)
     load_trained(modules, work, "average")
     modules.to("cpu").eval()
     value = validate_prior(schedule, seed, torch.device("cpu"))
     about = {"task": "generate", "adaptation": "none", "schedule": asdict(schedule.config), "norm": "percentile:0,99.9",
              "seen": (scenes_seen(before) if before else []) + [stream_state(deal, seed, result.step)],
              "modules": {"backbone": modules["backbone"].config.to_dict(), "prompts": modules["prompts"].config}}
-    states = {name: module.state_dict() for name, module in modules.items()}
+    states, facts = {name: module.state_dict() for name, module in modules.items()}, facts_of(before, result, bool(images), optics=TRAIN.name)
     card = {"summary": "Text-to-image prior for fluorescence structures: backbone and prompt encoder.",
             "data": f"Simulated scenes ({', '.join(STRUCTURES)}), drawn without repetition from the split train"
                     + (f"; one crop in seven from real images ({licences(real)})." if images else "; no real image.")
-                    + (f" Before, as {before.id}: {earlier.get('data')}" if before else ""),
-            "licence": "Apache-2.0; the training data are simulated by this package"
-                       + (" or have open licences." if images or "open" in earlier.get("licence", "") else "."),
+                    + (f" Before, as {before.id}: {before.config['card']['data']}" if before else ""),
+            "licence": describe_licence(facts),
             "recipe": f"fluogen train {recipe} --seed {seed} --steps {steps} --rate {lr:g}" + (" --real MANIFEST …" if images else "")
                       + (f", gone on from {before.id}" if before else ""),
             "training": training_facts(result, crops, device),
             "scores": {"velocity loss at cosine times, 48 validation scenes, before packing": round(value(modules, 0), 5)},
             "limits": "Simulated structures at fixed pixel sizes; see the phantom notebook for what real images have and these lack."}
-    save_weights(out, states, about, card, method="int8")
+    save_weights(out, states, about, card, method="int8", facts=facts)
     packed = load_weights(str(out))
     card["scores"]["the same, as shipped"] = round(value(packed.modules, 0), 5)
-    return save_weights(out, states, about, card, method="int8")
+    return save_weights(out, states, about, card, method="int8", facts=facts)
 
 
 def stream_state(deal: SceneMix, seed: int, steps: int) -> dict:
-    "What `SceneStream` needs to deal a training's scenes again."
+    "What `SceneStream` needs to draw a training's specimens again."
     return {"seed": seed, "steps": steps, "scenes": deal.scenes, "groups": [list(group) for group in deal.groups]}
 
 
 def scenes_seen(weights) -> list[dict]:
-    "What was dealt to a prior (see `stream_state`), to the weights that it went on from first; of older weights as far as their card tells."
-    if "seen" in weights.config:
-        return weights.config["seen"]
-    card = weights.config["card"]
-    words, training = card["recipe"].replace(",", "").split(), card["training"]
-    if not isinstance(training, dict) or "steps" not in training:
-        return []
-    name, _, which = words[-1].partition("@")
-    before = load_weights(name) if which and name in list_weights() else None
-    known = before is not None and before.id == words[-1] and before.id != weights.id
-    seed = int(words[words.index("--seed") + 1]) if "--seed" in words else 0
-    return (scenes_seen(before) if known else []) + [stream_state(SceneMix(), seed, training["steps"])]
+    "The streams that a prior was trained on (see `stream_state`), the oldest first; none where the weights do not state them."
+    return weights.config.get("seen") or weights.facts.get("seen") or []
 
 # %% ../../nbs/lib/recipes/20_prior.ipynb #ac92b0f3
 KNOWN_NAMES = {"er": ("ER",), "mitochondria": ("Mitochondria",), "microtubules": ("Microtubules",),   # what data sets say -> our words

@@ -17,7 +17,7 @@ from ..simulation.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..simulation.pairs import simulate_pairs
 from ..simulation.stream import SR_STRUCTURES, SceneStream, draw_rows
 from ..simulation.structures import STRUCTURES
-from ..models.cards import CARD_KEYS, licence_after, module_configs, summary_after, training_facts
+from ..models.cards import CARD_KEYS, describe_licence, facts_of, module_configs, training_facts
 from ..models.unet import Backbone
 from ..models.zoo import load_weights, save_weights
 from ..training.augment import draw_crops
@@ -56,14 +56,14 @@ def adapt_prior(fitter, batches, work, steps: int, minutes: float, lr: float, se
     return result
 
 
-def keep_weights(out, fitter, about: dict, card: dict, score, method: str, base: str) -> Path:
+def keep_weights(out, fitter, about: dict, card: dict, score, method: str, base: str, facts: dict) -> Path:
     "Pack, and measure what was packed: `score(fitter, modules)` before and after."
     states, scores = {name: module.state_dict() for name, module in fitter.modules.items()}, score(fitter, fitter.modules)
-    card = {key: card.get(key, scores) for key in CARD_KEYS}
-    save_weights(out, states, about, card, method=method, base=base)
+    card = {key: (card | {"licence": describe_licence(facts)}).get(key, scores) for key in CARD_KEYS}
+    save_weights(out, states, about, card, method=method, base=base, facts=facts)
     shipped = score(fitter, load_weights(str(out)).modules)
     card["scores"] = scores | {f"{k}, as shipped": v for k, v in shipped.items() if v != scores[k]}
-    return save_weights(out, states, about, card, method=method, base=base)
+    return save_weights(out, states, about, card, method=method, base=base, facts=facts)
 
 
 def train_sr(
@@ -99,12 +99,12 @@ def train_sr(
                          device=device, facts={"start": weights.id, "adaptation": adaptation, "crops": crops})
     about = {"task": "sr", "adaptation": adaptation, "scale": 2, "schedule": asdict(weights.schedule.config), "norm": "percentile:0.1,99.9",
              "direct": asdict(fitter.config) if adaptation == "direct" else None, "modules": module_configs(fitter.modules)}
-    card = {"summary": summary_after(weights if start else None, f"Super-resolution x2 from one widefield image, {adaptation} adaptation "
-                                     f"of {load_weights(base).id if generative else 'random weights'}."),
+    prior = (start and weights.facts.get("prior") or weights.id) if generative else None
+    card = {"summary": f"Super-resolution x2 from one widefield image, {adaptation} adaptation of {prior or 'random weights'}.",
             "data": f"Simulated pairs only, optics range '{TRAIN.name}', structures {', '.join(STRUCTURES)}.",
-            "licence": licence_after(weights if generative else None),
             "recipe": f"fluogen train {Path(out).name} --seed {seed} --steps {steps} --rate {lr:g}"
                       + (f", gone on from {weights.id}" if start else ""),
             "training": training_facts(result, crops, device),
             "limits": "Structures and optics outside the training range are restored as if they were inside: see figure 4."}
-    return keep_weights(out, fitter, about, card, score_sr, method, base)
+    facts = facts_of(weights if generative else None, result, optics=TRAIN.name, prior=prior)
+    return keep_weights(out, fitter, about, card, score_sr, method, base, facts)

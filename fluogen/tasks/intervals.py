@@ -243,14 +243,14 @@ PREVIEWED = 5               # lines about pairs that are left out
 
 def unseen_pairs(source: str | Path, weights: Weights, log=print) -> list:
     "Records to calibrate on; for tuned weights those of the split test, where there are any, because the others may have been learnt from."
-    records, recipe = load_dataset(source), weights.config.get("card", {}).get("recipe", "")
+    records, tuned_on = load_dataset(source), weights.facts.get("tuned_on")
     if all(record.is_own_group for record in records):
         log("note: no groups are stated, every image counts by itself; give crops of one cell one group, or the promise is void")
-    if not recipe.startswith("fluogen finetune"):
+    if not tuned_on:
         return records
     held = [record for record in records if record.split == "test"]
     log(f"only the {len(held)} pairs of the split test: {weights.name} may have learnt from the others" if held else
-        f"note: {weights.name} was tuned on {recipe.split()[2]}; on cells that it has learnt from the promise is void")
+        f"note: {weights.name} was tuned on {', '.join(tuned_on)}; on cells that it has learnt from the promise is void")
     return held or records
 
 
