@@ -4,6 +4,7 @@ import json
 import pytest
 
 from fluogen.io.files import write_json, write_json_once
+from fluogen.models import zoo
 from fluogen.models.zoo import find_record
 from fluogen.experiments.records import RecordError, describe_bench, is_comparable, join_record, read_record, score_row
 
@@ -11,7 +12,7 @@ from fluogen.experiments.records import RecordError, describe_bench, is_comparab
 @pytest.fixture
 def shelves(monkeypatch, tmp_path):
     places = [tmp_path / "package", tmp_path / "cache"]
-    monkeypatch.setattr("fluogen.models.zoo.weight_folders", lambda: places)
+    monkeypatch.setattr(zoo, "weight_folders", lambda: places)
     return places
 
 

@@ -304,9 +304,10 @@ def test_what_is_installed_has_no_torchvision():
 
 
 def test_sizes():
-    weights = sum(path.stat().st_size for path in under("fluogen/weights"))
-    assert weights <= 32 * MIB
-    size = lambda *starts: sum(path.stat().st_size for path in under("fluogen/weights") if path.parent.name.startswith(starts))
+    user, experiments = under("fluogen/weights"), under("figures/weights")
+    assert sum(path.stat().st_size for path in user) <= 32 * MIB and 0 < sum(path.stat().st_size for path in experiments) <= 14 * MIB
+    assert not [path.parent.name for path in user if path.parent.name.startswith(("bench", "brightness", "generation"))]
+    size = lambda *starts: sum(path.stat().st_size for path in [*user, *experiments] if path.parent.name.startswith(starts))
     assert size("fluogen-nano", "nano-sr", "bench30") <= 14e6 and size("nano-denoise", "bench-denoise", "bench-pairs") <= 8e6
     assert sum(path.stat().st_size for path in tracked()) < 44 * MIB
     assert not [name_of(path) for path in under("figures", ".png") if path.stat().st_size > 300_000]

@@ -32,6 +32,23 @@ def test_it_holds_every_module_and_all_weights(site):
     assert wanted - held == set()
 
 
+def test_weights_of_experiments_stay_in_the_repository(site, tmp_path):
+    names = sorted(path.parent.name for path in under("figures/weights", "config.json"))
+    assert len(names) >= 13 and "bench30-care" in names
+    held = {path.name for path in (site / "fluogen").rglob("*")}
+    assert not held & {path.parent.name for path in under("figures/weights") if path.parent.name != "generation"}
+    assert not (site / "fluogen" / "weights" / "generation").exists()
+    code = ("from fluogen.core import FluogenError; from fluogen.models.zoo import load_weights; from fluogen.experiments.records import read_record\n"
+            "for read in (lambda: load_weights('bench30-care'), lambda: read_record('bench30', 'bench30')):\n"
+            "    try: read()\n    except FluogenError as error: print(error)")
+    said = run(tmp_path, "-c", code, PYTHONPATH=str(site), FLUOGEN_CACHE=str(tmp_path)).splitlines()
+    assert len(said) == 2 and all("set FLUOGEN_WEIGHTS to its figures/weights" in line for line in said)
+    code = "from fluogen.models.zoo import load_weights; print(load_weights('bench30-care').id)"
+    made = run(tmp_path, "-c", code, PYTHONPATH=str(site), FLUOGEN_CACHE=str(tmp_path), FLUOGEN_WEIGHTS=str(ROOT / "figures" / "weights"))
+    assert made == run(ROOT, "-c", code, PYTHONPATH=str(site), FLUOGEN_CACHE=str(tmp_path))            # or from a clone
+    assert made.startswith("bench30-care@")
+
+
 def test_it_imports_from_an_empty_folder(site, tmp_path):
     code = "import fluogen, fluogen.core as core; print(fluogen.__file__, core.find_root())"
     where, root = run(tmp_path, "-c", code, PYTHONPATH=str(site)).split()

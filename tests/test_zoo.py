@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from toys import CARD, make_weights, save_toy
+from tree import ROOT
 
 from fluogen.core import FluogenError
 from fluogen.io import files
@@ -24,6 +25,7 @@ from fluogen.models.zoo import ZooError, describe, find_weights, list_weights, l
 def cache(tmp_path, monkeypatch):
     "A cache of the test's own, and no shipped weights."
     monkeypatch.setenv("FLUOGEN_CACHE", str(tmp_path))
+    monkeypatch.setenv("FLUOGEN_WEIGHTS", str(tmp_path / "experiments"))
     monkeypatch.setattr(zoo, "files", lambda name: tmp_path / "package")
     return tmp_path / "models"
 
@@ -96,6 +98,11 @@ def test_names(cache, tmp_path):
     assert find_weights(str(cache / "b")) == cache / "b"
     with pytest.raises(ZooError, match=r"c: no such weights \(expected a, b\)"):
         find_weights("c")
+    assert "set FLUOGEN_WEIGHTS" in str(zoo.experiments_hint())
+    for name in "abe":
+        save_toy(tmp_path / "experiments" / name, seed=4)
+    assert find_weights("e") == tmp_path / "experiments" / "e" and find_weights("a").parent == tmp_path / "package" / "weights"
+    assert find_weights("b").parent == tmp_path / "experiments" and zoo.experiments_hint() is None       # shipped before one's own
     shutil.copytree(cache / "b", tmp_path / "moved")  # a copied folder still loads
     assert load_weights(str(tmp_path / "moved")).name == "b"
 
@@ -112,6 +119,13 @@ def test_every_shipped_set_comes_back_as_networks():
         weights = load_weights(name)
         assert weights.modules and all(isinstance(module, torch.nn.Module) for module in weights.modules.values()), name
         assert not any(p.requires_grad for module in weights.modules.values() for p in module.parameters())
+
+
+def test_experiment_weights_are_found_from_where_the_package_lies(monkeypatch, tmp_path):
+    monkeypatch.delenv("FLUOGEN_WEIGHTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert find_weights("bench30-care") == ROOT / "figures" / "weights" / "bench30-care" and zoo.find_record("bench30") is not None
+    assert find_weights("nano-sr") == ROOT / "fluogen" / "weights" / "nano-sr" and zoo.weight_folders()[2] == ROOT / "figures" / "weights"
 
 
 def build_toy(entry, config):
