@@ -71,7 +71,7 @@ def test_a_small_training_is_packed_and_goes_on(monkeypatch, tmp_path):
     first = load_encoder(str(folder))
     assert sum(file.stat().st_size for file in folder.iterdir()) < 1.5e6
     card = (folder / "card.md").read_text()
-    assert "accuracy on 704 scenes, held-out microscopes" in card and "--steps 2" in card
+    assert "accuracy on 704 specimens, held-out microscopes" in card and "--steps 2" in card
     room.train_encoder(tmp_path / "more", tmp_path / "work2", steps=1, crops=4, start=str(folder))
     assert f"--start {first.id}" in (tmp_path / "more" / "card.md").read_text()
 
@@ -81,7 +81,7 @@ def test_one_command_makes_both_legs_and_goes_on_after_the_first(monkeypatch, tm
     monkeypatch.setattr(room, "simulate_targets", lambda prompts, n, *rest, **more: simulate_targets(prompts, min(n, 16), *rest, **more))
     monkeypatch.setattr(room, "LEGS", (2, 1))
     run = lambda minutes: room.train_encoder(tmp_path / "out" / "two", tmp_path / "work", minutes, crops=4)
-    with pytest.raises(EncoderError, match="the first of two legs.*same command again"):
+    with pytest.raises(EncoderError, match="the first of two parts.*same command again"):
         run(1e-9)
     card = load_weights(str(run(5))).config["card"]
     first = load_encoder(str(tmp_path / "work" / "first-0" / "two"))
@@ -91,11 +91,11 @@ def test_one_command_makes_both_legs_and_goes_on_after_the_first(monkeypatch, tm
 
 def test_the_shipped_card_says_how_it_was_made():
     card = load_weights("encoder-nano").config["card"]
-    assert "fluogen train encoder" in card["recipe"] and ("two legs" in card["recipe"] or "after" in card["training"])
+    assert "fluogen train encoder" in card["recipe"] and ("two parts" in card["recipe"] or "after" in card["training"])
 
 
-@pytest.mark.parametrize("wrong, words", [(np.zeros((2, 32, 32)), "64 pixels or more"), (np.zeros((2, 3, 64, 64)), "stack of pictures"),
-                                          (np.full((1, 64, 64), np.nan), "finite"), (np.zeros((0, 64, 64)), "stack of pictures")])
+@pytest.mark.parametrize("wrong, words", [(np.zeros((2, 32, 32)), "64 pixels or more"), (np.zeros((2, 3, 64, 64)), "set of images"),
+                                          (np.full((1, 64, 64), np.nan), "finite"), (np.zeros((0, 64, 64)), "set of images")])
 def test_what_is_no_picture_is_refused(wrong, words):
     with pytest.raises(EncoderError, match=words):
         embed(ImageEncoder(("a", "b")), wrong)

@@ -221,7 +221,7 @@ def test_the_recipe_makes_heads_and_calibrations(toy, tmp_path):
     made, = heads.train_heads(tmp_path, tmp_path / "work", (str(folder),), steps=2, batch=2, scenes=4, fields=26, device="cpu", log=said.append)
     assert sorted(p.name for p in made.glob("calibration*"))[-1] == "calibration.json" and len(list(made.glob("calibration*"))) == 2
     card = (made / "card.md").read_text()
-    assert card.count("share of pixels missed, test scenes") == 4 and "2 to 1500 photons, noise estimated from each" in card and load_weights(str(made)).config["base"]["sha256"] == weights.config["sha256"]
+    assert card.count("fraction of pixels outside the interval, test specimens") == 4 and "2 to 1500 photons, noise estimated from each" in card and load_weights(str(made)).config["base"]["sha256"] == weights.config["sha256"]
 
 
 def test_a_branch_on_noisy_images_gets_heads_and_needs_none_for_its_spread(tmp_path, monkeypatch, capsys):
@@ -230,7 +230,7 @@ def test_a_branch_on_noisy_images_gets_heads_and_needs_none_for_its_spread(tmp_p
     made, = heads.train_heads(tmp_path, tmp_path / "work", (str(tmp_path / "toy"),), steps=1, batch=2, scenes=4, fields=24, device="cpu",
                               log=lambda line: None)
     card, weights = (made / "card.md").read_text(), load_weights(str(tmp_path / "toy"))
-    assert card.count("share of pixels missed, test scenes") == 4 and "velocity" in card
+    assert card.count("fraction of pixels outside the interval, test specimens") == 4 and "velocity" in card
     system = load_interval_restorer(weights, heads.settings_of(weights), model=str(tmp_path / "toy"))
     restored, lower, upper = system.restore(Image(draw_fields(1, 5)[0].counts, "YX"))
     assert (lower.array <= restored.array).all() and (restored.array <= upper.array).all()

@@ -87,14 +87,14 @@ def test_trains_goes_on_and_starts_from_weights(shelf, tmp_path, monkeypatch):
     weights = load_weights(str(out))
     assert set(weights.modules) == {"backbone", "prompts"}
     card = (out / "card.md").read_text()
-    assert "1 open-CC0" in card and "--steps 2" in card and "as shipped" in card
+    assert "1 open-CC0" in card and "--steps 2" in card and "after packing" in card
     again = train_prior(tmp_path / "two", tmp_path / "two-work", steps=1, lr=1e-4, start=str(out), **options | {"real": ()})
     said = (again / "card.md").read_text()
-    assert f"gone on from {weights.id}" in said and f"Before, as {weights.id}: Simulated scenes" in said
+    assert f"resumed from {weights.id}" in said and f"Before, as {weights.id}: Simulated specimens" in said
     assert "real images of open licences were seen too" in said and "no real image" in said            # the weights that it began from saw some
     assert load_weights(str(again)).backbone.config == weights.backbone.config
     assert [(seen["seed"], seen["steps"], seen["scenes"]) for seen in scenes_seen(load_weights(str(again)))] == [(0, 2, 1024), (0, 1, 1024)]
-    with pytest.raises(RecipeError, match="encoder-nano: these weights are no prior"):
+    with pytest.raises(RecipeError, match="encoder-nano: training cannot resume from these weights"):
         train_prior(tmp_path / "b", tmp_path / "wb", steps=1, start="encoder-nano")
 
 

@@ -18,13 +18,13 @@ from .zoo import load_weights
 
 # %% ../../nbs/lib/models/98_image_encoder.ipynb #f2863981
 class EncoderError(FluogenError):
-    "Pictures that the encoder cannot take, or weights that are no encoder."
+    "Images that the encoder cannot take, or weights without an encoder."
 
 
 def measure_statistics(
     images: torch.Tensor,       # (B, 1, H, W) unit range
-) -> torch.Tensor:              # (B, 8): mean, spread, log10 power in six octave bands from the finest on
-    "What can be said of a picture without a network."
+) -> torch.Tensor:              # (B, 8): mean, standard deviation, log10 power in six octave bands from the finest on
+    "Brightness, contrast and spectrum of an image, without a network."
     bands, x = [], images
     for _ in range(6):
         coarse = F.avg_pool2d(x, 2)
@@ -35,7 +35,7 @@ def measure_statistics(
 
 # %% ../../nbs/lib/models/98_image_encoder.ipynb #046c8a29
 class ImageEncoder(nn.Module):
-    "Pictures to features and logits."
+    "Images to features and logits."
     def __init__(self,
         classes: tuple,                     # names of the structures, in the order of the logits
         width: int = 32,                    # features
@@ -93,14 +93,14 @@ def embed(
     images,                 # (N, H, W) or (N, 1, H, W), unit range
     batch: int = 64,
 ) -> tuple[np.ndarray, list]:       # (N, 32) float32, N names of structures
-    "Features of pictures, and the structure that each is taken for. Raises `EncoderError`."
+    "Features of images, and the structure that each is taken for. Raises `EncoderError`."
     images = torch.as_tensor(np.asarray(images), dtype=torch.float32)
     images = images[:, None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] != 1 or not len(images) or min(images.shape[2:]) < 64:
-        raise EncoderError("not a stack of pictures", where="images", found=tuple(images.shape),
+        raise EncoderError("not a set of images", where="images", found=tuple(images.shape),
                            expected="(N, H, W) of 64 pixels or more")
     if not bool(torch.isfinite(images).all()):
-        raise EncoderError("pictures must be finite", where="images", found="NaN or infinity")
+        raise EncoderError("pixel values must be finite", where="images", found="NaN or infinity")
     made = [encoder(part) for part in images.split(batch)]
     chosen = torch.cat([logits for _, logits in made]).argmax(1)
     return torch.cat([features for features, _ in made]).numpy(), [encoder.classes[i] for i in chosen]

@@ -150,7 +150,8 @@ def build_module(
     wanted = str(entry.pop("builder", name))
     builder = BUILDERS.get(wanted, wanted)
     if builder not in BUILDERS.values() and not OWN_BUILDER.fullmatch(builder):
-        raise ZooError("no builder of that name is registered", where=f"{config.get('name')}/{name}", found=wanted, expected=", ".join(BUILDERS),
+        raise ZooError("no builder of that name is registered", where=f"{config.get('name')}/{name}", found=wanted,
+                       expected=", ".join(BUILDERS),
                        hint="If you trust these weights, call register_builder(name, 'package.module:function') before.")
     built = resolve(builder)(entry, config)
     if not isinstance(built, torch.nn.Module):

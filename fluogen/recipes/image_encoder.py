@@ -27,7 +27,7 @@ from ..training.trainer import load_state as load_trained, train
 
 # %% ../../nbs/lib/recipes/60_image_encoder.ipynb #e65132de
 def encoder_batch(step: int, seed: int, crops: int, rounds: SceneStream) -> dict:
-    "Pictures (B,1,128,128), class numbers, and what was done to them; a function of (seed, step)."
+    "Images (B,1,128,128), class numbers, and how they were degraded; a function of (seed, step)."
     rng, names = make_rng(seed, "encoder", step), list(STRUCTURES)
     target, _, prompts = draw_rows(rng, rounds.at(step), crops)
     pictures, spoilt = [], []
@@ -85,7 +85,7 @@ def train_encoder(
         train_leg(first, work / f"one-{seed}", minutes, LEGS[0], seed, crops)
     left = minutes - (time.monotonic() - began) / 60
     if left <= 0 or not is_done(first):
-        raise EncoderError("the first of two legs took all the time", where=work, found=f"{minutes:g} minutes",
+        raise EncoderError("the first of two parts took all the time", where=work, found=f"{minutes:g} minutes",
                            hint="Give the same command again.")
     return train_leg(out, work / f"two-{seed}", left, LEGS[1], seed, crops, str(first), f"fluogen train encoder --seed {seed}")
 
@@ -116,12 +116,13 @@ def train_leg(out, work, minutes: float, steps: int, seed: int, crops: int, star
     encoder.std.copy_(bare.std(0))
     facts = facts_of(weights, result, optics=TRAIN.name)
     about = {"task": "encode", "adaptation": "network", "modules": {"encoder": encoder.config}}
-    card = {"summary": "Features of fluorescence pictures, to compare sets of them; names the structure as well.",
-            "data": f"Simulated scenes ({', '.join(STRUCTURES)}), seeds apart from the prior's; one in three blurred, one in three noisy.",
+    card = {"summary": "Features of fluorescence images, to compare sets of them; names the structure as well.",
+            "data": f"Simulated specimens ({', '.join(STRUCTURES)}), seeds apart from the prior's; "
+                    "one in three blurred, one in three noisy.",
             "licence": describe_licence(facts),
             "recipe": recipe or f"fluogen train encoder --seed {seed} --steps {steps}" + (f" --start {before.id}" if start else ""),
             "training": training_facts(result, crops, torch.device("cpu")) | earlier, "scores": {},
-            "limits": "Knows the package's own structures only; a picture of anything else is given the nearest of them."}
+            "limits": "Knows the package's own structures only; an image of anything else is given the nearest of them."}
     save_weights(out, {"encoder": encoder.state_dict()}, about, card, method="int8")
     card["scores"] = score_encoder(load_encoder(str(out)), seed)
     facts["accuracy"] = next(iter(card["scores"].values()))
@@ -129,11 +130,11 @@ def train_leg(out, work, minutes: float, steps: int, seed: int, crops: int, star
 
 
 def score_encoder(encoder: ImageEncoder, seed: int = 0, n: int = 704) -> dict:
-    "Accuracy on scenes of no training, as shipped: the training microscopes, and held-out ones."
+    "Accuracy on specimens of no training, of the packed encoder: the training microscopes, and held-out ones."
     found = {}
     for name, optics in (("training microscopes", TRAIN), ("held-out microscopes", HELD_OUT)):
         scenes = simulate_targets(PAPER_PROMPTS, n, 128, seed=derive_seed(seed, "score"), split="test", optics=optics)
         _, named = embed(encoder, scenes.target)
         hits = [name_ == structure for name_, structure in zip(named, scenes.structures)]
-        found[f"accuracy on {n} scenes, {name}"] = round(float(np.mean(hits)), 4)
+        found[f"accuracy on {n} specimens, {name}"] = round(float(np.mean(hits)), 4)
     return found

@@ -41,7 +41,7 @@ REAL_SHARE = 1 / 7                  # of the crops, where there are real images
 
 @dataclass(frozen=True)
 class SceneMix:
-    "What a recipe deals: groups of structures and scenes a round (see `SceneStream`), and every which step sees whole fields."
+    "What a recipe trains on: groups of structures, specimens an epoch (see `SceneStream`), and every which step sees whole fields."
     groups: tuple = (SR_STRUCTURES, OTHER_STRUCTURES)
     scenes: int = 1024
     whole: int = 4
@@ -67,7 +67,7 @@ def prior_batch(step: int, seed: int, crops: int, rounds: SceneStream, images: d
 
 # %% ../../nbs/lib/recipes/20_prior.ipynb #3f1c8a52
 def draw_times(schedule: Schedule, n: int, generator=None, device="cpu") -> torch.Tensor:
-    "n times (n,) whose angle of noise against picture is uniform, as in a cosine process. Source: Nichol & Dhariwal 2021, section 3.2."
+    "n times (n,) whose angle between image and noise is uniform, as in a cosine process. Source: Nichol & Dhariwal 2021, section 3.2."
     angle = torch.atan2((1 - schedule.abar).sqrt(), schedule.abar.sqrt()).float().to(device) * (2 / torch.pi)      # rises from 0 to 1
     return torch.bucketize(torch.rand(n, generator=generator, device=device), angle).clamp_max(len(angle) - 1)
 
@@ -84,7 +84,7 @@ def prior_loss(schedule: Schedule):
 
 
 def validate_prior(schedule: Schedule, seed: int, device):
-    "A validation function: the same loss on 48 scenes of the validation split, always with the same noise."
+    "A validation function: the same loss on 48 specimens of the validation split, always with the same noise."
     parts = SceneStream(simulate_targets, seed, n=48, split="validation", device=device).at(0)
     batch = {"target": torch.cat([p.target for p in parts]), "prompts": [t for p in parts for t in p.prompts]}
 
@@ -105,18 +105,18 @@ def train_prior(
     crops: int | None = None,       # a step; default 16 on a CPU, 128 on a GPU
     lr: float = 5e-4,
     config: BackboneConfig | None = None,
-    real: tuple = (),               # manifests with rows of an open licence, beside the simulated scenes
-    start: str | None = None,       # weights to go on from with a new rate; default: random ones
-    recipe: str = "nano",           # its name in `fluogen train`; what it deals is in `SCENE_MIXES`
+    real: tuple = (),               # manifests with rows of an open licence, beside the simulated images
+    start: str | None = None,       # weights to resume from with a new rate; default: random ones
+    recipe: str = "nano",           # its name in `fluogen train`; what it trains on is in `SCENE_MIXES`
 ) -> Path:
-    "Pretrain backbone and prompt encoder on simulated scenes, and on open images if given; pack, measure, write the card."
+    "Pretrain backbone and prompt encoder on simulated images, and on open images if given; pack, measure, write the card."
     device, steps, deal = choose_device(device), steps or 20_000, SCENE_MIXES[recipe]
     crops, images = crops or (16 if device.type == "cpu" else 128), open_images(real)
     schedule, config = Schedule(ScheduleConfig()), config or BackboneConfig.nano()
     torch.manual_seed(seed)
     before = load_weights(start, device) if start else None
     if before and before.config.get("task") != "generate":
-        raise RecipeError("these weights are no prior to go on from", where=start, found=f"task {before.config.get('task')}",
+        raise RecipeError("training cannot resume from these weights", where=start, found=f"task {before.config.get('task')}",
                           expected="task generate", hint="Say --start nano-generate, or leave it out.")
     modules = torch.nn.ModuleDict(dict(before.modules) if before else {
         "backbone": Backbone(config), "prompts": WordEncoder(PAPER_PROMPTS, config.prompt_width)}).requires_grad_(True)
@@ -133,20 +133,22 @@ def train_prior(
     about = {"task": "generate", "adaptation": "none", "schedule": asdict(schedule.config), "norm": "percentile:0,99.9",
              "seen": (scenes_seen(before) if before else []) + [stream_state(deal, seed, result.step)],
              "modules": {"backbone": modules["backbone"].config.to_dict(), "prompts": modules["prompts"].config}}
-    states, facts = {name: module.state_dict() for name, module in modules.items()}, facts_of(before, result, bool(images), optics=TRAIN.name)
+    facts = facts_of(before, result, bool(images), optics=TRAIN.name)
+    states = {name: module.state_dict() for name, module in modules.items()}
     card = {"summary": "Text-to-image prior for fluorescence structures: backbone and prompt encoder.",
-            "data": f"Simulated scenes ({', '.join(STRUCTURES)}), drawn without repetition from the split train"
+            "data": f"Simulated specimens ({', '.join(STRUCTURES)}), drawn without repetition from the split train"
                     + (f"; one crop in seven from real images ({licences(real)})." if images else "; no real image.")
                     + (f" Before, as {before.id}: {before.config['card']['data']}" if before else ""),
             "licence": describe_licence(facts),
             "recipe": f"fluogen train {recipe} --seed {seed} --steps {steps} --rate {lr:g}" + (" --real MANIFEST …" if images else "")
-                      + (f", gone on from {before.id}" if before else ""),
+                      + (f", resumed from {before.id}" if before else ""),
             "training": training_facts(result, crops, device),
-            "scores": {"velocity loss at cosine times, 48 validation scenes, before packing": round(value(modules, 0), 5)},
-            "limits": "Simulated structures at fixed pixel sizes; see the phantom notebook for what real images have and these lack."}
+            "scores": {"velocity loss at cosine times, 48 validation specimens, before packing": round(value(modules, 0), 5)},
+            "limits": "Simulated structures at fixed pixel sizes; "
+                      "see `fluogen.simulation.structures` for what real images have and these lack."}
     save_weights(out, states, about, card, method="int8", facts=facts)
     packed = load_weights(str(out))
-    card["scores"]["the same, as shipped"] = round(value(packed.modules, 0), 5)
+    card["scores"]["the same, after packing"] = round(value(packed.modules, 0), 5)
     return save_weights(out, states, about, card, method="int8", facts=facts)
 
 

@@ -35,7 +35,7 @@ def sr_batch(step: int, seed: int, crops: int, rounds: SceneStream) -> dict:
 
 
 def score_sr(fitter, modules, seed: int = 0, n: int = 16, **options) -> dict:
-    "PSNR on held-out scenes and optics, and out of range, with bicubic beside it; 128² fields, data range 1."
+    "PSNR on held-out specimens and optics, and out of range, with bicubic beside it; 128² fields, data range 1."
     from fluogen.diffusion.direct import upsample
     rows = {}
     for name, optics in (("held-out optics", HELD_OUT), ("out-of-range optics", OUT_OF_RANGE)):
@@ -62,7 +62,7 @@ def keep_weights(out, fitter, about: dict, card: dict, score, method: str, base:
     card = {key: (card | {"licence": describe_licence(facts)}).get(key, scores) for key in CARD_KEYS}
     save_weights(out, states, about, card, method=method, base=base, facts=facts)
     shipped = score(fitter, load_weights(str(out)).modules)
-    card["scores"] = scores | {f"{k}, as shipped": v for k, v in shipped.items() if v != scores[k]}
+    card["scores"] = scores | {f"{k}, after packing": v for k, v in shipped.items() if v != scores[k]}
     return save_weights(out, states, about, card, method=method, base=base, facts=facts)
 
 
@@ -80,7 +80,7 @@ def train_sr(
     frozen: bool = False,           # control only: leave the backbone as it is, as the paper does
     method: str = "int8",           # packing of the differences
     generative: bool = True,        # False: random weights in place of the prior, to see what it is worth
-    start: str | None = None,       # adapted weights to go on from with a new rate; default: the base
+    start: str | None = None,       # adapted weights to resume from with a new rate; default: the base
 ) -> Path:
     "Adapt the prior to super-resolution on unlimited simulated pairs, pack, measure, write the card."
     if adaptation not in ("direct", "control"):
@@ -100,10 +100,11 @@ def train_sr(
     about = {"task": "sr", "adaptation": adaptation, "scale": 2, "schedule": asdict(weights.schedule.config), "norm": "percentile:0.1,99.9",
              "direct": asdict(fitter.config) if adaptation == "direct" else None, "modules": module_configs(fitter.modules)}
     prior = (start and weights.facts.get("prior") or weights.id) if generative else None
-    card = {"summary": f"Super-resolution x2 from one widefield image, {adaptation} adaptation of {prior or 'random weights'}.",
+    card = {"summary": "Super-resolution x2 from one widefield image, "
+                       f"{adaptation} adaptation of {prior or 'random weights'}.",
             "data": f"Simulated pairs only, optics range '{TRAIN.name}', structures {', '.join(STRUCTURES)}.",
             "recipe": f"fluogen train {Path(out).name} --seed {seed} --steps {steps} --rate {lr:g}"
-                      + (f", gone on from {weights.id}" if start else ""),
+                      + (f", resumed from {weights.id}" if start else ""),
             "training": training_facts(result, crops, device),
             "limits": "Structures and optics outside the training range are restored as if they were inside: see figure 4."}
     facts = facts_of(weights if generative else None, result, optics=TRAIN.name, prior=prior)
