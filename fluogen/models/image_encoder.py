@@ -75,7 +75,7 @@ def build_encoder(entry: dict, config: dict) -> ImageEncoder:
 def load_encoder(name: str = "encoder-nano") -> ImageEncoder:
     "The encoder of a set of weights. Raises `EncoderError` for weights of another kind."
     weights = load_weights(name)
-    if not isinstance(encoder := weights.modules.get("encoder"), ImageEncoder):
+    if (encoder := weights.modules.get("encoder")) is None:
         raise EncoderError("these weights hold no encoder", where=name, expected="encoder-nano")
     encoder.id = weights.id
     return encoder
