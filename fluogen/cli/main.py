@@ -181,7 +181,7 @@ def run_finetune(args, log) -> int:
 # %% ../../nbs/lib/cli/40_main.ipynb #9bac308c
 def run_weights(args, log) -> int:
     "List weights, or print a card."
-    from fluogen.models.zoo import ZooError, find_weights, list_weights
+    from fluogen.models.zoo import ZooError, experiment_folder, find_weights, list_weights
     if args.name:
         card = find_weights(args.name) / "card.md"
         if not card.is_file():
@@ -195,7 +195,7 @@ def run_weights(args, log) -> int:
     for name, folder in found.items():
         file = folder / "weights.safetensors"
         print(f"{name:<28}" + (f"{file.stat().st_size / 2**20:7.2f} MiB" if file.is_file() else "  missing ")
-              + f"  {folder}")
+              + f"  {folder}" + "  (experiment)" * (folder.parent == experiment_folder()))
     if not found:
         log("no weights on this machine; make them with: fluogen train nano")
     return 0

@@ -16,11 +16,12 @@ import torch
 
 from ..core import FluogenError, derive_seed, make_rng
 from ..io.files import write_json
+from ..simulation.microscopes import TRAIN
 from ..simulation.pairs import simulate_targets
 from ..simulation.stream import PAPER_PROMPTS, SceneStream, draw_rows
 from ..metrics.generation import measure_brightness, wasserstein_distance
 from ..diffusion.schedule import Schedule, ScheduleConfig
-from ..models.cards import training_facts
+from ..models.cards import describe_licence, facts_of, training_facts
 from ..models.text_encoder import WordEncoder
 from ..models.unet import Backbone, BackboneConfig
 from ..models.zoo import load_weights, save_weights
@@ -78,14 +79,15 @@ def train_process(
     about = {"task": "generate", "adaptation": "none", "schedule": asdict(schedule.config),
              "norm": "percentile:0,99.9",
              "modules": {"backbone": config.to_dict(), "prompts": modules["prompts"].config}}
+    facts = facts_of(None, result, optics=TRAIN.name)
     card = {"summary": f"Figure 3b: a small network that predicts {WORDS[process]}. For the comparison, not for use.",
             "data": "Simulated scenes of the paper's prompts, 64² crops.",
-            "licence": "Apache-2.0; the training data are simulated by this package.",
-            "recipe": f"fluogen benchmark brightness --seeds {seed}",
+            "licence": describe_licence(facts),
+            "recipe": f"fluogen train brightness --seeds {seed}",
             "training": training_facts(result, crops, torch.device("cpu")), "scores": "see brightness/scores.json",
             "limits": "Trained for minutes; its pictures are poor on purpose."}
     return save_weights(out, {name: module.state_dict() for name, module in modules.items()}, about, card,
-                        method="int8")
+                        method="int8", facts=facts)
 
 
 def sample_process(weights, per_prompt: int = 32, seed: int = 0, callback=None) -> np.ndarray:
@@ -121,7 +123,7 @@ def run_brightness(
             weights = load_weights(str(folder))
             made = measure_brightness(sample_process(weights, per_prompt, seed))
             row = {"process": process, "seed": seed, "weights": weights.id,
-                   "steps": weights.config["card"]["training"]["steps"],
+                   "steps": weights.facts["steps"],
                    **{key: [round(float(v), 5) for v in values] for key, values in made.items()}}
             write_json(done, row)
     rows = [json.loads(p.read_text()) for p in sorted(work.glob("*-[0-9]*.json"))]

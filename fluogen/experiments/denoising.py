@@ -36,7 +36,7 @@ from ..models.zoo import load_weights
 from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
 from ..training.learners import DirectLearner, NetworkLearner
 from ..recipes.denoising import DENOISE, ROWS, held_out_fields
-from .baselines import build_denoiser, build_denoising_network_learner
+from .baselines import build_denoising_network_learner
 from .harness import Benchmark, Method, fit_all, load_method, run_jobs
 from .records import RecordError, describe_bench, join_record, score_row, ship_fit
 from .super_resolution import pack_round_trip
@@ -310,9 +310,7 @@ def load_denoise_learner(name: str):
     "A fitter from weights by name: a network of the comparison, or weights that denoise directly."
     weights = load_weights(name)
     if "network" in weights.config["modules"]:
-        network = build_denoiser(weights.config["modules"]["network"]["name"])
-        network.load_state_dict(weights.modules["network"])
-        fitter = NetworkLearner(name, network, None)
+        fitter = NetworkLearner(name, weights.network, None)
     elif weights.direct is not None and weights.direct.matched:
         fitter = DirectLearner(weights, weights.direct)
     else:

@@ -15,8 +15,9 @@ import torch
 
 from ..core import FluogenError
 from ..io.files import write_json
-from ..models.cards import licence_after, module_configs
-from ..models.zoo import find_record, load_weights, save_weights
+from ..simulation.microscopes import TRAIN
+from ..models.cards import describe_licence, facts_of, module_configs
+from ..models.zoo import experiments_hint, find_record, load_weights, save_weights
 from ..training.learners import NetworkLearner
 
 # %% ../../nbs/lib/experiments/10_records.ipynb #6cc5ee02
@@ -28,7 +29,8 @@ def read_record(folder: str, recipe: str, name: str = "scores") -> dict:
     "The record `folder/name.json`; raises `RecordError` with the recipe that makes it."
     record = find_record(folder, name)
     if record is None:
-        raise RecordError("no recorded scores", where=f"{folder}/{name}.json", hint=f"Make them with: fluogen benchmark {recipe}.")
+        hint = " ".join(filter(None, (f"Make them with: fluogen train {recipe}.", experiments_hint())))
+        raise RecordError("no recorded scores", where=f"{folder}/{name}.json", hint=hint)
     return record
 
 # %% ../../nbs/lib/experiments/10_records.ipynb #6fe959c8
@@ -51,12 +53,13 @@ def ship_fit(folder: Path, fitter, report: dict, about: dict, card: dict, packin
              "schedule": None if plain else vars(fitter.schedule.config),
              "direct": vars(fitter.config) if hasattr(fitter, "config") else None,
              "modules": {"network": {"name": report["method"]}} if plain else module_configs(fitter.modules), **about}
-    card = {"licence": licence_after(load_weights(packing["base"]) if packing.get("base") else None),
+    facts = facts_of(load_weights(packing["base"]) if packing.get("base") else None, optics=TRAIN.name, steps=report["steps"])
+    card = {"licence": describe_licence(facts),
             "training": {"minutes in steps": round(report["steps"] * report["seconds a step"] / 60, 1),
                          "hardware": report.get("hardware", "CPU"),
                          **{key: report[key] for key in ("steps", "best step", "seconds a step", "parameters", "validation dB")}},
             "limits": "Made for a comparison: trained on thirty small fields.", **card}
-    return save_weights(folder, {name: module.state_dict() for name, module in fitter.modules.items()}, about, card, **packing)
+    return save_weights(folder, {name: module.state_dict() for name, module in fitter.modules.items()}, about, card, facts=facts, **packing)
 
 # %% ../../nbs/lib/experiments/10_records.ipynb #8adb1728
 def _of(entry: dict) -> tuple:

@@ -57,9 +57,9 @@ BENCHMARKS = {
 
 def benchmark_by_name(args, log) -> int:
     "Run a benchmark; its record goes to --out. Returns the exit code."
-    from fluogen.models.zoo import weight_folders
+    from fluogen.models.zoo import experiment_folder, weight_folders
     made, = run_entry(args.benchmark, recipe := BENCHMARKS[args.benchmark], args, log)
-    shelf = weight_folders()[0]
-    hidden = (shelf / made.name).is_dir() and made.parent.absolute() != shelf
-    log(recipe.use + (f"the figures show what the package holds: --out {shelf} replaces it" if hidden else "the figures show it"))
+    shelf = experiment_folder()
+    hidden = shelf and (shelf / made.name).is_dir() and made.parent.absolute() != shelf
+    log(recipe.use + (f"the figures show what the repository holds: --out {shelf} replaces it" if hidden else "the figures show it"))
     return 0

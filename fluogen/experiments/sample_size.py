@@ -22,7 +22,7 @@ from ..datasets.pairs import PairBatch, Pairs, as_pairs
 from ..simulation.camera import TEST_EXPOSURES, expose
 from ..simulation.microscopes import HELD_OUT, OpticsRange
 from ..simulation.pairs import simulate_clean
-from ..models.zoo import load_weights, state_fact
+from ..models.zoo import experiment_folder, load_weights, state_fact, weight_folders
 from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
 from ..training.peft import apply_peft
 from ..recipes.denoising import ROWS
@@ -125,8 +125,10 @@ def run_curve(
             "laboratories": {str(r["seed"]): [describe_laboratory(r["seed"])[0], describe_laboratory(r["seed"])[2]] for r, _ in found},
             "fits": [{**r, "pairs": int(folder.parent.name)} for r, folder in found]}
     record = json.loads(join_record(out / "bench-pairs" / "scores.json", made).read_text())
-    if (out / "nano-denoise" / "config.json").is_file():
-        state_fact(out / "nano-denoise", "expected_gain", gain_table(record))
+    shelf = weight_folders()[0] if out.absolute() == experiment_folder() else out       # user weights of the same repository
+    tuned = shelf / "nano-denoise"
+    if (tuned / "config.json").is_file():
+        state_fact(tuned, "expected_gain", gain_table(record))
     return out / "bench-pairs"
 
 # %% ../../nbs/lib/experiments/60_sample_size.ipynb #5613bd28

@@ -355,9 +355,7 @@ def load_sr_learner(name: str):
     weights = load_weights(name)
     modules = weights.config["modules"]
     if "network" in modules:
-        network = build_baseline(modules["network"]["name"])
-        network.load_state_dict(weights.modules["network"])
-        fitter = NetworkLearner(modules["network"]["name"], network, None)
+        fitter = NetworkLearner(modules["network"]["name"], weights.network, None)
     elif "control" in modules:
         fitter = ControlLearner(weights)
     else:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NetworkConfigError', 'NetworkInputError', 'is_whole', 'JsonConfig', 'list_backbone_rules', 'BackboneShape',
            'BackboneConfig', 'embed_time', 'Embedding', 'conv3', 'zero_start', 'ResBlock', 'Attention', 'Down', 'Up',
-           'Residuals', 'Encoder', 'Backbone']
+           'Residuals', 'Encoder', 'Backbone', 'build_backbone']
 
 # %% ../../nbs/lib/models/10_unet.ipynb #b1327f06
 import json
@@ -372,3 +372,8 @@ class Backbone(nn.Module):
         "The prediction (v, noise or clean image, as trained)."
         features = self.features(sample, timestep, prompt_states, residuals, prompt_embedding)
         return self.close(self.head(features))
+
+
+def build_backbone(entry: dict, config: dict) -> Backbone:
+    "An untrained backbone from its entry in the configuration of weights (see `fluogen.models.zoo`)."
+    return Backbone(BackboneConfig.from_dict(entry))

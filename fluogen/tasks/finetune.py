@@ -26,8 +26,8 @@ from ..datasets.registry import load_dataset
 from ..metrics.bootstrap import mean_interval
 from ..metrics.segmentation import measure_following
 from ..diffusion.direct import upsample
-from ..models.cards import module_configs
-from ..models.zoo import Weights, load_weights, save_weights, weight_folders
+from ..models.cards import describe_licence, facts_of, module_configs
+from ..models.zoo import Weights, load_weights, save_weights, shipped_folders, weight_folders
 from ..training.checkpoint import OtherTrainingError, hash_tensors
 from ..training.fit import MASK_CONFIG, TUNE_CONFIG, FitConfig, fit, pace, validation_psnr
 from ..training.learners import ControlLearner, DirectLearner, MaskLearner
@@ -75,7 +75,7 @@ def place_weights(name: str, out: str | Path | None = None) -> Path:
     "The folder of new weights. Raises, before the work, for a name or a place that cannot be theirs."
     if not name or name in (".", "..") or set(name) & set('/\\\\:*?"<>|'):
         raise OwnPairsError("not a name for weights", where="name", found=name, expected="letters, digits, - and _")
-    if (weight_folders()[0] / name / "config.json").is_file():
+    if any((place / name / "config.json").is_file() for place in shipped_folders()):
         raise OwnPairsError("the name of weights that ship with the package", where="name", found=name, hint="Choose another one.")
     folder = Path(out or weight_folders()[1]) / name
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
@@ -175,7 +175,7 @@ def adapt(
     made = Adapted(name, folder, float((-10 * enlarged.log10()).mean()), before, after,
                    len(training), len(held), result.step, find_alarm(before, after, values))
     keep_adapted(made, fitter, weights, base, source, config, camera, free)
-    gains = weights.config.get("facts", {}).get("expected_gain")
+    gains = weights.facts.get("expected_gain")
     if task == "denoise" and (more := expect_gain(gains, len(pairs), sum(r.split != "test" for r in records))):
         log(more)
     return made
@@ -186,9 +186,10 @@ def keep_adapted(made: Adapted, fitter, weights: Weights, base: str, source, con
     "Write the tuned weights as differences to those they began with, with their card."
     about = {key: weights.config.get(key) for key in ("task", "adaptation", "scale", "schedule", "norm", "direct")}
     about |= {"camera": list(camera)} if camera else {}
+    facts = facts_of(weights, tuned_on=Path(source).name, steps=made.steps)
     card = {"summary": f"{weights.id} tuned on {Path(source).name}.",
             "data": f"{made.n_train} tiles to learn from, {made.n_held} of other groups to stop by.",
-            "licence": "That of the images it was tuned on; ask their owner before you pass it on.",
+            "licence": describe_licence(facts),
             "recipe": f"fluogen finetune {shlex.quote(Path(source).name)} --task {about['task']} --name {shlex.quote(made.name)} "
                       f"--free {free} --seed {config.seed}",
             "training": {"steps": made.steps, "share of it": fitter.share, "rate": config.lr, "free": free},
@@ -198,7 +199,7 @@ def keep_adapted(made: Adapted, fitter, weights: Weights, base: str, source, con
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_weights(made.folder, {k: m.state_dict() for k, m in fitter.modules.to("cpu").items()},
-                     about | {"modules": module_configs(fitter.modules)}, card, "int8", base)
+                     about | {"modules": module_configs(fitter.modules)}, card, "int8", base, facts=facts)
 
 # %% ../../nbs/lib/tasks/50_finetune.ipynb #37a68442
 DRAWN_MASKS = 8           # masks set aside for which an image is drawn
@@ -252,9 +253,10 @@ def keep_drawer(made: Drawer, fitter, weights, base: str, source, norm: str, con
     "Write the weights, those of the prior as differences, with their card."
     about = {"task": "mask2image", "adaptation": "control", "scale": 1, "norm": norm, "direct": None,
              "schedule": asdict(weights.schedule.config), "modules": module_configs(fitter.modules)}
+    facts = facts_of(weights, tuned_on=Path(source).name, steps=made.steps)
     card = {"summary": f"Draws synthetic images for masks: {weights.id} with a branch, tuned on {Path(source).name}.",
             "data": f"{made.n_train} tiles to learn from, {made.n_held} of other groups to stop by.",
-            "licence": "That of the images it was tuned on; ask their owner before you pass it on.",
+            "licence": describe_licence(facts),
             "recipe": f"fluogen finetune {Path(source).name} --task mask2image --name {made.name}",
             "training": {"steps": made.steps, "rate": config.lr},
             "scores": {name: round(value, 4) for name, value in {
@@ -265,7 +267,7 @@ def keep_drawer(made: Drawer, fitter, weights, base: str, source, norm: str, con
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_weights(made.folder, {k: m.state_dict() for k, m in fitter.modules.to("cpu").items()}, about, card, "int8",
-                     base)
+                     base, facts=facts)
 
 
 def adapt_masks(
