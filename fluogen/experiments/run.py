@@ -57,7 +57,7 @@ BENCHMARKS = {
 
 def benchmark_by_name(args, log) -> int:
     "Run a benchmark; its record goes to --out. Returns the exit code."
-    from fluogen.models.zoo import experiment_folder, weight_folders
+    from fluogen.models.zoo import experiment_folder
     made, = run_entry(args.benchmark, recipe := BENCHMARKS[args.benchmark], args, log)
     shelf = experiment_folder()
     hidden = shelf and (shelf / made.name).is_dir() and made.parent.absolute() != shelf
