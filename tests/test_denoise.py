@@ -166,7 +166,7 @@ def test_light_of_a_sample_has_no_upper_end(tmp_path, monkeypatch):
 def test_a_sample_is_as_bright_as_the_recording_whatever_was_drawn(tmp_path):
     save_sampler(tmp_path / "toy", seed=5)
     weights, fields = load_weights(str(tmp_path / "toy")), expose(simulate_clean("nuclei", 2, 96), 200, make_rng(0, "bright"))
-    settings, fitter = RestoreSettings(samples=1, passes=2), ControlLearner(weights, light=True, passes=2)
+    settings, fitter = RestoreSettings(samples=1, steps=2), ControlLearner(weights, light=True, passes=2)
     recorded = input_light(fields.condition)
     fitted = fitter.restore(weights.modules, fields.condition, ["", ""])
     for i in range(2):
@@ -193,7 +193,7 @@ def test_noisy_images_are_restored_by_samples(tmp_path):
     save_sampler(tmp_path / "toy")
     manifest, weights = noisy_files(tmp_path, 5), load_weights(str(tmp_path / "toy"))
     image = read_image(tmp_path / "noisy0.tif")
-    one, two = (restore_image(image, weights, RestoreSettings(samples=2, passes=2, seed=seed)) for seed in (0, 1))
+    one, two = (restore_image(image, weights, RestoreSettings(samples=2, steps=2, seed=seed)) for seed in (0, 1))
     assert one.array.shape == image.array.shape and np.isfinite(one.array).all() and not np.array_equal(one.array, two.array)
     with pytest.raises(RestoreError, match="not a mean"):
         restore_image(image, weights)

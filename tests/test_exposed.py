@@ -226,7 +226,7 @@ def test_the_recipe_makes_heads_and_calibrations(toy, tmp_path):
 
 def test_a_branch_on_noisy_images_gets_heads_and_needs_none_for_its_spread(tmp_path, monkeypatch, capsys):
     save_sampler(tmp_path / "toy")
-    monkeypatch.setattr(heads, "CHAIN", RestoreSettings(samples=2, passes=1))
+    monkeypatch.setattr(heads, "CHAIN", RestoreSettings(samples=2, steps=1))
     made, = heads.train_heads(tmp_path, tmp_path / "work", (str(tmp_path / "toy"),), steps=1, batch=2, scenes=4, fields=24, device="cpu",
                               log=lambda line: None)
     card, weights = (made / "card.md").read_text(), load_weights(str(tmp_path / "toy"))

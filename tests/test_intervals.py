@@ -23,7 +23,7 @@ from fluogen.uncertainty.calibration import save_calibration
 from fluogen.uncertainty.calibration import CalibrationError
 
 PIXEL = {"Y": 0.06, "X": 0.06}
-CHAIN = RestoreSettings(samples=2, passes=2)
+CHAIN = RestoreSettings(samples=2, steps=2)
 
 
 def draw_pair(number, gain=1.0, size=20):
@@ -78,13 +78,13 @@ def test_control_families_stand_around_the_mean_of_the_samples(family):
     assert torch.allclose(mean, restore_unit(unit, weights, CHAIN, "key"), atol=1e-6)
     assert bool((lower < mean).all() and (mean < upper).all())
     if family == "spread":
-        samples = [restore_unit(unit, weights, RestoreSettings(samples=1, passes=2), "key")]      # the first of the two
+        samples = [restore_unit(unit, weights, RestoreSettings(samples=1, steps=2), "key")]      # the first of the two
         assert samples[0].shape == mean.shape and torch.allclose(mean - lower, upper - mean, atol=1e-6)
 
 
 def test_spread_is_the_standard_deviation():
     weights, own = control_system()
-    unit, many = torch.rand(1, 8, 8), RestoreSettings(samples=3, passes=1)
+    unit, many = torch.rand(1, 8, 8), RestoreSettings(samples=3, steps=1)
     from fluogen.tasks.restore import PlanePasses, walk_chains
     from fluogen.tasks.tiling import TileSide
     chains = torch.stack(list(walk_chains(PlanePasses(unit, weights, many, TileSide(256)), many, "k")))
@@ -96,7 +96,7 @@ def test_a_family_that_weights_do_not_have_is_refused(toy):
     _, weights, own, *_ = toy
     with pytest.raises(CalibrationError, match="quantile or residual"):
         restore_sets(torch.rand(1, 8, 8), weights, heads=own, family="spread")
-    with pytest.raises(CalibrationError, match="no spread from one sample"):
+    with pytest.raises(CalibrationError, match="no standard deviation of one sample"):
         restore_sets(torch.rand(1, 8, 8), control_system()[0], RestoreSettings(samples=1), family="spread")
 
 
@@ -147,7 +147,7 @@ def test_steps_and_samples_are_bound():
     weights, own = control_system()
     facts = system_facts(weights, CHAIN, own, "quantile")
     assert (facts["sampler"], facts["steps"], facts["samples"], facts["heads"]) == ("ddim", 2, 2, own.id)
-    assert facts != system_facts(weights, RestoreSettings(samples=2, passes=4), own, "quantile")
+    assert facts != system_facts(weights, RestoreSettings(samples=2, steps=4), own, "quantile")
     assert system_facts(weights, CHAIN, None, "spread")["heads"] == "none"
 
 

@@ -29,7 +29,7 @@ from fluogen.tasks.restore import RestoreError, RestoreSettings
 from toys import ABOUT, CARD, make_weights
 
 SHORT = replace(MASK_CONFIG, steps=4, batch=2, crop_px=32, validate_every=2, precision="fp32", lr=2e-2, ema_decay=0.5)
-ONE = RestoreSettings(samples=1, passes=1)
+ONE = RestoreSettings(samples=1, steps=1)
 
 
 def save_prior(folder):

@@ -16,14 +16,14 @@ from fluogen.core import FluogenError
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.diffusion.direct import upsample
 from fluogen.models.zoo import ZooError, load_weights
-from fluogen.tasks import restore, restore_files as folders, tiling
+from fluogen.tasks import restore, tiling
 from fluogen.tasks.restore_files import convert, list_images, restore_file, restore_files
 from fluogen.tasks.tiling import MemoryLimitError
 from fluogen.tasks.restore import list_planes, match_flux, restore_image, restore_unit
 from fluogen.tasks.restore import RestoreError, RestoreSettings, check_weights, load_for_task
 
 SMALL = {"tile_px": 32, "overlap_px": 8}
-MEAN, SAMPLES = RestoreSettings(**SMALL), RestoreSettings(samples=2, passes=2, **SMALL)
+MEAN, SAMPLES = RestoreSettings(**SMALL), RestoreSettings(samples=2, steps=2, **SMALL)
 
 
 def make_image(*shape, axes="YX", dtype=np.uint16, seed=0, **more):
@@ -80,9 +80,9 @@ def test_seed_and_prompt_decide_and_the_global_generator_does_not(control):
     state = torch.get_rng_state()
     assert np.array_equal(restore_image(image, control, SAMPLES).array, one)
     assert torch.equal(torch.get_rng_state(), state)
-    for change in ({"seed": 1}, {"prompt": "ER of COS-7"}, {"samples": 1}, {"passes": 3},
+    for change in ({"seed": 1}, {"prompt": "ER of COS-7"}, {"samples": 1}, {"steps": 3},
                    {"sampler": "ddpm"}):
-        other = RestoreSettings(**{"samples": 2, "passes": 2, **SMALL, **change})
+        other = RestoreSettings(**{"samples": 2, "steps": 2, **SMALL, **change})
         assert not np.array_equal(restore_image(image, control, other).array, one), change
 
 
@@ -91,7 +91,7 @@ def test_the_mean_of_samples_is_their_mean(control):
     chains = restore.PlanePasses(unit, control, SAMPLES, tiling.TileSide(32))
     assert chains.calls == 4
     both = restore_unit(unit, control, SAMPLES, "key")
-    single = RestoreSettings(samples=1, passes=2, **SMALL)
+    single = RestoreSettings(samples=1, steps=2, **SMALL)
     one = restore_unit(unit, control, single, "key")
     assert both.shape == (40, 40) and not torch.equal(one, both)
     assert 0 <= both.min() and both.max() <= 1
@@ -120,7 +120,7 @@ def test_noise_belongs_to_the_picture_and_not_to_its_tiles(control, sampler):
     weights = make_weights("control")
     weights.modules |= {"backbone": Pointwise(), "control": PointwiseControl(control.control.config)}
     unit = torch.rand(1, 1, generator=torch.Generator().manual_seed(0)).expand(1, 50, 70).contiguous()
-    chain = dict(samples=1, passes=3, sampler=sampler)
+    chain = dict(samples=1, steps=3, sampler=sampler)
     pictures = [restore_unit(unit, weights, RestoreSettings(**chain, tile_px=t, overlap_px=o))
                 for t, o in ((128, 0), (32, 0), (48, 16))]
     assert pictures[0].std() > 0.01                                             # noise is there
@@ -221,7 +221,7 @@ def test_one_hot_pixel_and_saturation_are_said_with_the_file(direct):
     (make_image(12, 14, 3, axes="YXS"), {}, "a colour image .* channel=0..2"),
     (make_image(12, 14, 3, axes="YXS"), {"channel": 3}, "no such colour"),
     (make_image(12, 14), {"channel": 0}, "no such colour .* no colour image"),
-    (make_image(4, 12, 14, axes="ZYX"), {}, "a stack, not a plane .found 4 planes.. Pass planewise"),
+    (make_image(4, 12, 14, axes="ZYX"), {}, "a z-stack, not a plane .found 4 planes.. Pass planewise"),
     (Image(np.full((9, 9), 5), "YX"), {}, "a constant image, nothing to restore .found all 5"),
     (Image(np.where(np.eye(9) > 0, np.nan, 1.0), "YX"), {}, "9 of 81 NaN"),
     (Image(np.where(np.eye(9) > 0, np.inf, 1.0), "YX"), {}, "9 of 81 NaN or infinite"),
@@ -265,7 +265,7 @@ def test_a_camera_that_cannot_be_and_a_small_field_are_said():
         show_plane(plane, "stabilise", RestoreSettings(camera=(1, 0, 3)))
 
 
-@pytest.mark.parametrize("change", [{"samples": -1}, {"passes": 0}, {"sampler": "euler"}, {"tile_px": 31},
+@pytest.mark.parametrize("change", [{"samples": -1}, {"steps": 0}, {"sampler": "euler"}, {"tile_px": 31},
                                     {"overlap_px": 256}, {"overlap_px": -1}, {"intensity": "max"}])
 def test_settings_out_of_range(change):
     with pytest.raises(RestoreError, match=f"{next(iter(change))}: setting out of range"):
@@ -336,7 +336,7 @@ def test_when_nothing_fits(error, monkeypatch):
     monkeypatch.setattr(type(weights.backbone), "forward", fail)
     with warnings.catch_warnings(), pytest.raises(MemoryLimitError, match="even with the smallest tile"):
         warnings.simplefilter("ignore")
-        restore_image(make_image(300, 300), weights, RestoreSettings(samples=1, passes=1))
+        restore_image(make_image(300, 300), weights, RestoreSettings(samples=1, steps=1))
     assert tried == [512, 256, 128, 64]  # log2(256 / 32) tries, and the first
 
 
@@ -359,7 +359,7 @@ def test_refused_before_anything_is_allocated(direct, monkeypatch):
 
 
 def test_conditions_are_computed_once_a_picture_while_they_fit(control, monkeypatch):
-    image, settings, count = make_image(60, 60), RestoreSettings(samples=2, passes=3, **SMALL), []
+    image, settings, count = make_image(60, 60), RestoreSettings(samples=2, steps=3, **SMALL), []
     encode = type(control.control).encode_condition
     monkeypatch.setattr(type(control.control), "encode_condition",
                         lambda *a: (count.append(1), encode(*a))[1])
@@ -487,7 +487,7 @@ def test_kept_only_if_nothing_changed(toy, tmp_path):
     ("out.tif", "int7", "no such number type")])
 def test_a_target_that_cannot_be_is_known_before_the_work(toy, tmp_path, monkeypatch, target, dtype, says):
     source = write_image(tmp_path / "raw.tif", make_image(20, 20))
-    monkeypatch.setattr(folders, "restore_image", lambda *a: pytest.fail("computed in vain"))
+    monkeypatch.setattr(restore.Restorer, "restore", lambda *a: pytest.fail("computed in vain"))
     with pytest.raises(FluogenError, match=says):
         restore_file(source, tmp_path / "new" / target, toy, MEAN, dtype=dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["raw.tif"]

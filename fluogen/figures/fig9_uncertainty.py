@@ -107,7 +107,7 @@ def real_fig9_fields(source, size_px: int = 128, seed: int = 0, prompt: str = "N
 # %% ../../nbs/lib/figures/80_fig9_uncertainty.ipynb #9066f8eb
 def paper_sets(counts, weights, heads, passes: int = 10, seed: int = 0) -> np.ndarray:
     "(3,H,W) restored, lower, upper by three chains, as the paper does."
-    settings = RestoreSettings(samples=1, passes=passes, seed=seed)
+    settings = RestoreSettings(samples=1, steps=passes, seed=seed)
     plane = PlanePasses(measured_unit(counts, weights), weights, settings, TileSide(settings.tile_px))
     shape, answer = (1, *(plane.scale * n for n in plane.image.shape[-2:])), with_heads(weights.backbone, heads.heads)
     starts = [NoiseField(seed, f"{hash_array(counts)}/{name}", shape).draw() for name in ("lower", "mean", "upper")]
@@ -123,7 +123,7 @@ def paper_sets(counts, weights, heads, passes: int = 10, seed: int = 0) -> np.nd
 def list_interval_methods(direct, direct_heads, control, control_heads, seed: int = 0) -> dict:
     "name -> (network passes, function of counts -> (3,H,W) restored, lower, upper); the fewest passes first."
     def way(weights, heads, family, samples=0, passes=1):
-        settings = RestoreSettings(samples=samples, passes=passes, seed=seed)
+        settings = RestoreSettings(samples=samples, steps=passes, seed=seed)
         return lambda counts: restore_sets(measured_unit(counts, weights), weights, settings, hash_array(counts), heads=heads,
                                            family=family).numpy()
     return {"direct, quantiles": (1, way(direct, direct_heads, "quantile")),

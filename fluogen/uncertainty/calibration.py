@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_HALF_WIDTH', 'FAMILIES', 'FIRST', 'LAST', 'EDGES', 'COUNT_BLOCK', 'FACTS', 'SAID', 'LEVELS', 'FORMAT', 'CHUNK',
-           'CalibrationError', 'check_sets', 'from_quantiles', 'from_residual', 'from_samples', 'half_widths',
-           'scale_sets', 'critical_factor', 'bin_values', 'count_factors', 'loss_curve', 'find_edges', 'Calibration',
-           'save_calibration', 'load_calibration', 'search_factor', 'name_image', 'Collected', 'collect',
+           'CalibrationError', 'TooFewGroups', 'check_sets', 'from_quantiles', 'from_residual', 'from_samples',
+           'half_widths', 'scale_sets', 'critical_factor', 'bin_values', 'count_factors', 'loss_curve', 'find_edges',
+           'Calibration', 'save_calibration', 'load_calibration', 'search_factor', 'name_image', 'Collected', 'collect',
            'choose_factor', 'calibrate_stream', 'calibrate']
 
 # %% ../../nbs/lib/uncertainty/20_calibration.ipynb #f46dc396
@@ -29,7 +29,11 @@ LEAST_HALF_WIDTH = 1e-6        # width that each side has at least, in the unit 
 
 
 class CalibrationError(FluogenError):
-    "Intervals that cannot be calibrated, or a calibration that does not belong here."
+    "Intervals that cannot be calibrated, or a calibration of another system."
+
+
+class TooFewGroups(CalibrationError):
+    "Fewer independent images than a coverage guarantee needs."
 
 
 def check_sets(
@@ -365,7 +369,7 @@ def calibrate_stream(
     n = len(seen.rows)
     least = int(np.ceil(1 / alpha - 1 - 1e-9)) if delta is None else min_images(alpha, delta)
     if n < least:
-        raise CalibrationError("too few independent images", where="groups", found=n, expected=f"at least {least}",
+        raise TooFewGroups("too few independent images", where="groups", found=n, expected=f"at least {least}",
                                hint=f"With fewer, alpha = {alpha} cannot be certified by anybody.")
     order = np.array(list(seen.rows))[draw_order(n, seed)]
     k = choose_factor(seen, order, alpha, delta, bound, tolerance)
