@@ -1,5 +1,6 @@
 "Intervals around restored images: the families, what a calibration is bound to, own pairs, maps on disk."
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,15 +11,14 @@ from fluogen.core import make_rng
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.models.quantile_heads import HeadsConfig, QuantileHeads
 from fluogen.models.zoo import Weights, load_weights
-from fluogen.tasks import intervals, intervals as certified
+from fluogen.tasks import intervals, intervals as certified, restore, restore_files
 from fluogen.recipes import interval_heads as heads
 from fluogen.tasks.intervals import (
     IntervalRestorer, calibrate_source, choose_family, load_interval_restorer, read_fields)
 from fluogen.tasks.restore_files import restore_file
 from fluogen.tasks.intervals import (
     FIELD_PX, Field, calibrate_fields, field_sets, find_heads, load_heads, restore_sets, system_facts)
-from fluogen.tasks.restore import restore_image, restore_unit
-from fluogen.tasks.restore import RestoreSettings
+from fluogen.tasks.restore import RestoreError, RestoreSettings, restore_image, restore_unit
 from fluogen.uncertainty.calibration import save_calibration
 from fluogen.uncertainty.calibration import CalibrationError
 
@@ -245,6 +245,80 @@ def test_what_is_not_covered_says_so_in_its_name(toy, tmp_path):
     write_image(tmp_path / "a.tif", draw_pair(800)[0], pixel_um=PIXEL)            # now a covered one: the old maps go
     restore_file(tmp_path / "a.tif", tmp_path / "out" / "a.tif", weights, certified=system)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.lower.tif", "a.tif", "a.upper.tif"]
+
+
+def counted(monkeypatch, *names):
+    "How often each of these functions of `restore`, `restore_files` and `intervals` is called from now on."
+    calls = Counter()
+    for module in (restore, restore_files, intervals):
+        for name in names:
+            if real := getattr(module, name, None):
+                monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: (calls.update([name]), real(*a, **k))[1])
+    return calls
+
+
+@pytest.mark.parametrize("frames", (1, 3))
+@pytest.mark.parametrize("how", ("mean", "samples", "interval", "interval of samples"))
+def test_each_step_of_restoring_is_done_once(toy, tmp_path, monkeypatch, how, frames):
+    _, weights, own, calibration, file = toy
+    settings = CHAIN if "samples" in how else RestoreSettings()
+    if "samples" in how:
+        weights, own = control_system()
+        file = tmp_path / "c.json"
+        save_calibration(calibration.bind(**system_facts(weights, settings, own, "quantile")), file)
+    planes = np.stack([draw_pair(830 + frame)[0] for frame in range(frames)])
+    source = write_image(tmp_path / "a.tif", Image(planes, "TYX") if frames > 1 else Image(planes[0], "YX"))
+    calls = counted(monkeypatch, "check_weights", "fill_camera", "list_planes", "hash_array", "describe_image", "read_image")
+    system = IntervalRestorer(file, weights, settings, own) if "interval" in how else None
+    for outcome in ("restored", "kept"):
+        done, = restore_files.restore_files([(source, tmp_path / "out" / "a.tif")], weights, settings, certified=system)
+        assert done[2] == outcome
+        if outcome == "restored":
+            assert calls.pop("read_image") == 1
+            assert calls.pop("describe_image", 0) == (frames if system else 0)
+            assert calls.pop("hash_array") == (1 if frames == 1 else 1 + frames)      # the whole time series once, each plane once
+            assert calls == {"check_weights": 1, "fill_camera": 1, "list_planes": 1}
+    assert system is None or len(system.seen) == frames
+
+
+@pytest.mark.parametrize("failing", (1, 2, 3))
+def test_old_maps_stay_until_new_ones_are_written(toy, tmp_path, monkeypatch, failing):
+    _, weights, own, _, file = toy
+    system = IntervalRestorer(file, weights, RestoreSettings(), own)
+    source, out = tmp_path / "a.tif", tmp_path / "out"
+    write_image(source, draw_pair(800, gain=30)[0], pixel_um=PIXEL)
+    with pytest.warns(UserWarning, match="named not-covered"):
+        restore_file(source, out / "a.tif", weights, certified=system)
+    old = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert set(old) == {"a.lower.not-covered.tif", "a.tif", "a.upper.not-covered.tif"}
+    write_image(source, draw_pair(800)[0], pixel_um=PIXEL)                        # now one like those of the calibration
+    real, written = write_image, []
+
+    def killed(path, image, *more, **options):
+        if out in path.parents and path.parent == out:                            # the trial passes
+            written.append(path.name)
+            if len(written) == failing:
+                raise KeyboardInterrupt
+        return real(path, image, *more, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(restore_files, "write_image", killed)
+        restore_file(source, out / "a.tif", weights, certified=system)
+    for name in ("a.lower.not-covered.tif", "a.upper.not-covered.tif"):
+        assert (out / name).read_bytes() == old[name]
+    assert restore_file(source, out / "a.tif", weights, certified=system) == "restored"
+    assert sorted(p.name for p in out.iterdir()) == ["a.lower.tif", "a.tif", "a.upper.tif"]
+    (out / "a.lower.not-covered.tif").write_bytes(old["a.lower.not-covered.tif"])   # a run killed before it could tidy up
+    assert restore_file(source, out / "a.tif", weights, certified=system) == "kept"
+    assert sorted(p.name for p in out.iterdir()) == ["a.lower.tif", "a.tif", "a.upper.tif"]
+
+
+def test_a_calibration_for_other_settings_is_not_used(toy, tmp_path):
+    _, weights, own, _, file = toy
+    system = IntervalRestorer(file, weights, RestoreSettings(), own)
+    write_image(tmp_path / "a.tif", draw_pair(800)[0])
+    with pytest.raises(RestoreError, match="calibrated for other weights or settings"):
+        restore_file(tmp_path / "a.tif", tmp_path / "b.tif", weights, RestoreSettings(seed=1), certified=system)
 
 
 # ---- the recipe
