@@ -33,12 +33,12 @@ def calibration(model, tmp_path_factory):
 def test_calibrate_says_what_may_be_relied_on(run, model, tmp_path):
     code, out, err = run("calibrate", write_pairs(tmp_path, range(24)), "--model", model, "--alpha", "0.2", "--device", "cpu", "--out", tmp_path / "c.json")
     assert code == 0 and out == f"{tmp_path / 'c.json'}\n" and json.loads((tmp_path / "c.json").read_text())["n"] == 24
-    assert re.match(r"with probability 90%, at most 20% of the pixels are missed; factor .*, n = 24; mean width 0\.\d+ of the range", err[0])
+    assert re.match(r"with probability 90%, at most 20% of the pixels lie outside their interval; λ = .*, n = 24; mean width 0\.\d+ of the range", err[0])
     assert err[-1] == f"to use it: fluogen restore IN OUT --interval --calibration {tmp_path / 'c.json'} --model {model}"
 
 
 @pytest.mark.parametrize(("n", "options", "says"), [
-    (12, [], "too few groups (cells or fields of view) to certify anything (found 12, expected at least 22 for alpha 0.1 and delta 0.1). Bring 10"),
+    (12, [], "too few groups (cells or fields of view) for any coverage guarantee (found 12, expected at least 22 for alpha 0.1 and delta 0.1). Bring 10"),
     (12, ["--alpha", "0.01"], "at least 230"), (3, ["--alpha", "1.5"], "0 < level < 1"), (3, ["--delta", "0"], "0 < level < 1"),
     (24, ["--family", "spread"], "no such family for the direct adaptation (found spread, expected quantile or residual)"),
     (24, ["--samples", "4"], "not samples"), (24, ["--prompt", "zebra"], "unknown prompt")])
@@ -59,7 +59,7 @@ def test_maps_beside_the_result(run, model, calibration, tmp_path):
     go = ("restore", tmp_path / "a.tif", tmp_path / "out.tif", "--model", model, "--device", "cpu", "--interval", "--calibration", calibration)
     code, out, err = run(*go)
     assert code == 0 and out == f"{tmp_path / 'out.tif'}\n"
-    assert err[1].startswith("interval: with probability 90%, at most 20% of the pixels are missed")
+    assert err[1].startswith("interval: with probability 90%, at most 20% of the pixels lie outside their interval")
     restored, low, high = (read_image(tmp_path / f"out{name}.tif") for name in ("", ".lower", ".upper"))
     assert (low.array <= restored.array + 0.01).all() and (restored.array <= high.array + 0.01).all()
     assert low.pixel_um == restored.pixel_um == {"Y": 0.03, "X": 0.03}
@@ -70,7 +70,7 @@ def test_an_input_out_of_range_is_flagged(run, model, calibration, tmp_path):
     write_image(tmp_path / "a.tif", draw_pair(100, gain=40)[0])
     code, out, err = run("restore", tmp_path / "a.tif", tmp_path / "out.tif", "--model", model, "--device", "cpu", "--calibration", calibration)
     notes = [line for line in err if line.startswith("note: ")]
-    assert code == 0 and len(notes) == 1 and "not covered: input outside the calibration range" in notes[0]
+    assert code == 0 and len(notes) == 1 and "flagged OOD: input outside the calibration range" in notes[0]
     assert sorted(p.name for p in tmp_path.glob("out*")) == ["out.lower.not-covered.tif", "out.tif", "out.upper.not-covered.tif"]
 
 
@@ -121,7 +121,7 @@ def test_tuned_weights_are_calibrated_on_what_they_did_not_learn_from(model, tmp
     assert len(unseen_pairs(manifest, weights, said.append)) == 6 and said == []
     tuned = replace(weights, config=weights.config | {"facts": {"tuned_on": ["mine.jsonl"]}})
     assert len(unseen_pairs(manifest, tuned, said.append)) == 6
-    assert said == [f"note: {tuned.name} was tuned on mine.jsonl; on cells that it has learnt from the promise is void"]
+    assert said == [f"note: {tuned.name} was fine-tuned on mine.jsonl; for cells in its training set the coverage guarantee does not hold"]
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     manifest.write_text("".join(json.dumps(row | ({"split": "test"} if i < 2 else {})) + "\n" for i, row in enumerate(rows)))
     assert [r.group for r in unseen_pairs(manifest, tuned, said.append)] == ["cell0", "cell1"] and "only the 2 pairs of the split test" in said[-1]

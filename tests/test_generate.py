@@ -9,8 +9,8 @@ from fluogen.cli.main import main
 from fluogen.core import FluogenError
 from fluogen.io.image import read_image
 from fluogen.models.text_encoder import split_words
-from fluogen.tasks.generate import (GenerateError, GenerateSettings, generate, generate_files, list_pictures, place_pictures,
-                                    plan_pictures, save_generated)
+from fluogen.tasks.generate import (GenerateError, GenerateSettings, generate, generate_files, expand_prompts, plan_files,
+                                    plan_generation, save_generated)
 from toys import PROMPTS, make_weights, save_toy
 
 SMALL = GenerateSettings(steps=3, size_px=32, seed=5)
@@ -52,21 +52,21 @@ def test_seed_and_guidance_change_the_picture_and_one_means_off(toy):
 
 
 def test_alternatives_are_drawn_once_and_for_all():
-    drawn = list_pictures(["A | B", ["C", "D"], ""], 12, seed=3)
+    drawn = expand_prompts(["A | B", ["C", "D"], ""], 12, seed=3)
     assert {p for p, _ in drawn} == {"A", "B", "C", "D", ""} and len(drawn) == 36
-    assert drawn[:5] == list_pictures("A | B", 5, seed=3)
+    assert drawn[:5] == expand_prompts("A | B", 5, seed=3)
 
 
 def test_the_spelling_of_a_known_prompt_does_not_matter(toy, tmp_path):
     odd = " " + PROMPTS[0].upper().replace(" ", "  ")
-    assert list_pictures(odd, 1, 0, PROMPTS) == [(PROMPTS[0], 0)]
+    assert expand_prompts(odd, 1, 0, PROMPTS) == [(PROMPTS[0], 0)]
     assert np.array_equal(generate(odd, 1, SMALL, toy).images, generate(PROMPTS[0], 1, SMALL, toy).images)
 
 
 def test_words_without_quotes_are_caught():
     with pytest.raises(GenerateError, match="nothing is named .found 'of'.*Quotes keep"):
-        list_pictures(["F-actin", "of", "COS-7"], 1, 0)
-    assert list_pictures(["", "  ", "|"], 1, 0) == [("", 0)] * 3            # nothing said is meant
+        expand_prompts(["F-actin", "of", "COS-7"], 1, 0)
+    assert expand_prompts(["", "  ", "|"], 1, 0) == [("", 0)] * 3            # nothing said is meant
 
 
 def test_an_unknown_word_is_named_once_with_what_is_near(toy):
@@ -115,7 +115,7 @@ def test_a_second_run_keeps_what_is_there_and_writes_over_nothing(toy, tmp_path)
     image = read_image(run()[2][0])
     assert np.abs(image.array - generate(PROMPTS[0], 3, SMALL, toy).images[2]).max() < 1e-4      # whatever it was drawn beside
     for other in (dict(steps=4), dict(guidance=2.0), dict(size_px=64), dict(sampler="ddim")):
-        with pytest.raises(GenerateError, match="another picture lies here .found " + next(iter(other))):
+        with pytest.raises(GenerateError, match="another image lies here .found " + next(iter(other))):
             run(settings=replace(SMALL, **other))
     assert {path: path.read_bytes() for path in before} == before
     first[0][0].write_bytes(b"not a picture")
@@ -132,9 +132,9 @@ def test_pictures_are_kept_as_they_are_drawn(toy, tmp_path):
 
 
 def test_one_file_a_picture(toy, tmp_path):
-    assert len(place_pictures([("ER of COS-7", 0)] * 2, tmp_path, SMALL, toy)) == 1
+    assert len(plan_files([("ER of COS-7", 0)] * 2, tmp_path, SMALL, toy)) == 1
     with pytest.raises(GenerateError, match="two prompts for one file .found 'E. coli' and 'E coli'"):
-        place_pictures([("E. coli", 0), ("E coli", 0)], tmp_path, SMALL, toy)
+        plan_files([("E. coli", 0), ("E coli", 0)], tmp_path, SMALL, toy)
 
 
 def test_the_command(tmp_path, capsys):
@@ -146,7 +146,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["generate", PROMPTS[0], "-n", "3", "--size", "32", *common]) == 0
     assert "3 synthetic images" in (said := capsys.readouterr().err) and "2 of them there already" in said
     assert main(["generate", PROMPTS[0], "-n", "2", "--size", "40", *common]) == 2
-    assert "another picture lies here" in capsys.readouterr().err
+    assert "another image lies here" in capsys.readouterr().err
     assert main(["generate", PROMPTS[0], "--size", "33", *common]) == 2
     assert "\n" not in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -154,14 +154,14 @@ def test_the_command(tmp_path, capsys):
 def test_other_spellings_are_the_same_picture_and_strange_ones_are_said(toy):
     known = toy.prompts.prompts
     words = " ".join(reversed(split_words(known[0])))
-    assert list_pictures([words, known[0].replace("-", "\u2011")], 1, 0, known) == [(known[0], 0)] * 2
+    assert expand_prompts([words, known[0].replace("-", "\u2011")], 1, 0, known) == [(known[0], 0)] * 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan_pictures([*known, ""], 1, SMALL, toy)
+        plan_generation([*known, ""], 1, SMALL, toy)
     together = f"{split_words(known[0])[0]} {split_words(known[-1])[0]}"
-    for prompt, said in ((together, "not learned together"), (f"{known[0]} | Golgi of MDCK", "unknown golgi, mdck"), ("\u7ec6\u80de", "unknown")):
+    for prompt, said in ((together, "not trained together"), (f"{known[0]} | Golgi of MDCK", "unknown golgi, mdck"), ("\u7ec6\u80de", "unknown")):
         with pytest.warns(UserWarning, match=f"{said}.*nearest known: "):
-            plan_pictures(prompt, 1, SMALL, toy)
+            plan_generation(prompt, 1, SMALL, toy)
 
 
 @pytest.mark.parametrize("wrong", [dict(prompts=None), dict(prompts=[3]), dict(n=2.5), dict(n=0), dict(batch=0)])

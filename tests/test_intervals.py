@@ -237,7 +237,7 @@ def test_what_is_not_covered_says_so_in_its_name(toy, tmp_path):
     system = IntervalRestorer(file, weights, RestoreSettings(), own)
     write_image(tmp_path / "a.tif", draw_pair(800, gain=30)[0], pixel_um=PIXEL)
     (tmp_path / "out").mkdir()
-    with pytest.warns(UserWarning, match="not covered: input outside the calibration range"):
+    with pytest.warns(UserWarning, match="flagged OOD: input outside the calibration range"):
         restore_file(tmp_path / "a.tif", tmp_path / "out" / "a.tif", weights, certified=system)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.lower.not-covered.tif", "a.tif", "a.upper.not-covered.tif"]
     said = read_image(tmp_path / "out" / "a.lower.not-covered.tif").metadata["fluogen"]["interval"]

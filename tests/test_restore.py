@@ -314,7 +314,7 @@ def test_out_of_memory_at_any_moment_halves_the_tile(first, monkeypatch):
 
     plain = restore_image(image, weights, settings).array
     monkeypatch.setattr(type(weights.backbone), "forward", fail)
-    with pytest.warns(UserWarning, match="out of memory: going on with tiles of 64 pixels") as caught:
+    with pytest.warns(UserWarning, match="out of memory: continuing with tiles of 64 pixels") as caught:
         out = restore_image(image, weights, settings)
     assert len([w for w in caught if "memory" in str(w.message)]) == 1          # later planes remember
     assert out.metadata["fluogen"]["tile_px_used"] == 64 and out.metadata["fluogen"]["tile_px"] == 128

@@ -68,7 +68,7 @@ def test_blur_and_sampling_of_the_forward_model():
 
 
 @pytest.mark.parametrize("change, match", [({"restored": np.ones((9, 9))}, "does not fit"), ({"element_px": 50.0}, "out of range"),
-                                           ({"false_alarms": 0.0}, "out of range"), ({"restored": np.full((72, 72), np.nan)}, "no numbers")])
+                                           ({"false_alarms": 0.0}, "out of range"), ({"restored": np.full((72, 72), np.nan)}, "not finite")])
 def test_wrong_input_is_one_line(change, match):
     given = {"counts": np.full((72, 72), 150.0), "restored": np.full((72, 72), 150.0), "noise": NOISE, "element_px": 3.0} | change
     with pytest.raises(SupportError, match=match) as caught:

@@ -29,7 +29,7 @@ from ..diffusion.samplers import SAMPLERS, NoiseField
 from ..diffusion.schedule import GRIDS
 from ..models.text_encoder import split_words
 from ..models.zoo import Weights, ZooError, list_weights, load_weights
-from .tiling import TileSide, check_memory, pad_reflect, picture_bytes, run_tiled, tile_bytes
+from .tiling import TileSide, check_memory, pad_reflect, image_bytes, run_tiled, tile_bytes
 
 # %% ../../nbs/lib/tasks/20_restore.ipynb #704cba1c
 class RestoreError(FluogenError):
@@ -113,7 +113,7 @@ def check_weights(weights: Weights, settings: RestoreSettings) -> None:
     refuse(settings.camera and not denoises, "only denoising asks for the camera", found=f"task {config.get('task')}",
            hint="Leave the camera out, or denoise (--task denoise).")
     refuse(masks and settings.samples != 1, "these weights draw one image for a mask", found=f"samples {settings.samples}",
-           expected="samples=1 (--samples 1)", hint="The mean of several samples looks like none of them; another seed gives another sample.")
+           expected="samples=1 (--samples 1)", hint="A mean of samples looks like none of them; another seed gives another.")
     refuse(settings.samples == 0 and weights.direct is None, "these weights give samples, not a mean",
            hint="Ask for samples=4 (--samples 4).")
     refuse(settings.samples > 0 and "control" not in have, "these weights give a mean, not samples",
@@ -356,7 +356,7 @@ class Restorer:
             warnings.warn(f"{image.path}: this image was computed, not measured", stacklevel=3)
         on_cpu, config = next(weights.backbone.parameters()).device.type == "cpu", weights.backbone.config
         tile = tile_bytes(config, scale * min(settings.tile_px, max(H, W)), settings.samples > 0) if on_cpu else 0
-        check_memory(picture_bytes(self.layers * math.prod(lead), H * W, scale, settings.samples) + tile, memory_gb, image.path)
+        check_memory(image_bytes(self.layers * math.prod(lead), H * W, scale, settings.samples) + tile, memory_gb, image.path)
         out = np.empty((self.layers, *lead, H * scale, W * scale), np.float32)
         for done, index in enumerate(np.ndindex(*lead)):
             report = callback and (lambda n, of, done=done: callback(done * of + n, math.prod(lead) * of))

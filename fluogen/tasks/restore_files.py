@@ -73,7 +73,7 @@ BELOW = 0.05                                # of the range of pixel values: how 
 
 
 def _is_done(target: Path, how: dict, dtype: np.dtype) -> bool:
-    "Whether the result of exactly this computation lies there, whole. Raises `RestoreError` for anything that is no result."
+    "Whether the result of exactly this computation lies there, whole. Raises `RestoreError` for anything else."
     if not target.exists():
         return False
     try:

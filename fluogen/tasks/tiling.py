@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORKING', 'START', 'TilingError', 'tile_starts', 'plan_tiles', 'fade', 'fade_window', 'pad_reflect', 'run_tiled',
-           'tile_bytes', 'picture_bytes', 'MemoryLimitError', 'free_bytes', 'check_memory', 'is_out_of_memory',
+           'tile_bytes', 'image_bytes', 'MemoryLimitError', 'free_bytes', 'check_memory', 'is_out_of_memory',
            'TileSide']
 
 # %% ../../nbs/lib/tasks/10_tiling.ipynb #50421a23
@@ -178,7 +178,7 @@ def tile_bytes(
     return int(4 * pixels * (skips * (2 if control else 1) + WORKING * config.channels[0])) + START
 
 
-def picture_bytes(
+def image_bytes(
     planes: int,        # planes of the image
     plane_px: int,      # pixels of one plane
     scale: int,         # fine pixels per camera pixel along an axis
@@ -252,6 +252,6 @@ class TileSide:
                 raise MemoryLimitError("out of memory even with the smallest tile", where=where,
                                        found=f"tile of {self.px} pixels", hint="Use --device cpu.")
             self.px //= 2
-            warnings.warn(f"out of memory: going on with tiles of {self.px} pixels", stacklevel=2)
+            warnings.warn(f"out of memory: continuing with tiles of {self.px} pixels", stacklevel=2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
