@@ -13,7 +13,7 @@ from fluogen.cli.main import main
 from fluogen.io.image import read_image, write_image
 from fluogen.models.zoo import load_weights
 from fluogen.recipes import interval_heads as heads
-from fluogen.tasks.intervals import unseen_pairs
+from fluogen.tasks.intervals import tuned_on, unseen_pairs
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_calibrate_says_what_may_be_relied_on(run, model, tmp_path):
 @pytest.mark.parametrize(("n", "options", "says"), [
     (12, [], "too few groups (cells or fields of view) for any coverage guarantee (found 12, expected at least 22 for alpha 0.1 and delta 0.1). Bring 10"),
     (12, ["--alpha", "0.01"], "at least 230"), (3, ["--alpha", "1.5"], "0 < level < 1"), (3, ["--delta", "0"], "0 < level < 1"),
-    (24, ["--family", "spread"], "no such family for the direct adaptation (found spread, expected quantile or residual)"),
+    (24, ["--family", "spread"], "no such interval method for one-step restoration (found spread, expected quantile or residual)"),
     (24, ["--samples", "4"], "not samples"), (24, ["--prompt", "zebra"], "unknown prompt")])
 def test_what_cannot_be_calibrated_is_one_line(run, model, tmp_path, n, options, says):
     code, out, err = run("calibrate", write_pairs(tmp_path, range(n)), "--model", model, "--device", "cpu", "--out", tmp_path / "c.json", *options)
@@ -127,6 +127,13 @@ def test_tuned_weights_are_calibrated_on_what_they_did_not_learn_from(model, tmp
     assert [r.group for r in unseen_pairs(manifest, tuned, said.append)] == ["cell0", "cell1"] and "only the 2 pairs of the split test" in said[-1]
     manifest.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "group"}) + "\n" for row in rows))
     assert len(unseen_pairs(manifest, weights, said.append)) == 6 and "no groups are stated" in said[-1]
+
+
+def test_the_fact_and_not_the_card_tells_what_weights_were_tuned_on(model):
+    weights, card = load_weights(model), {"recipe": "fluogen finetune mine.jsonl --task sr --name x"}
+    for config, expected in (({}, None), ({"card": card}, "mine.jsonl"), ({"facts": {"tuned_on": "hers.jsonl"}}, "hers.jsonl"),
+                             ({"card": card, "facts": {"seen": 3}}, "mine.jsonl"), ({"card": card, "facts": {"tuned_on": None}}, None)):
+        assert tuned_on(replace(weights, config=weights.config | {"card": {}} | config)) == expected
 
 
 @pytest.mark.parametrize(("options", "says"), [
