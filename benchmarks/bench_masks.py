@@ -5,13 +5,14 @@ and the overlap of drawn objects with their masks, both on scenes or groups set 
 import argparse
 import tempfile
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from fluogen.preprocessing.labels import LABEL_NORMS, show_labels
 from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights
-from fluogen.datasets.pairs import Pairs
+from fluogen.datasets.pairs import PairBatch
 from fluogen.training.fit import fit
 from fluogen.datasets.pairs import read_mask_pair
 from fluogen.metrics.segmentation import measure_following
@@ -23,12 +24,12 @@ from fluogen.tasks.finetune import split_pairs
 PROMPTS = ["Nucleus of BPAE", "DNA of U2OS", "Nuclei of PC-3", "S. aureus"]
 
 
-def draw_pairs(norm: str, split: str, n: int) -> Pairs:
+def draw_pairs(norm: str, split: str, n: int) -> PairBatch:
     "Simulated images of 128² and their masks, those with objects."
     made = simulate_targets(PROMPTS, n, 128, seed=1, split=split, instances=True)
     rows = [i for i in range(n) if made.instances[i].any()]
     condition = torch.stack([torch.from_numpy(show_labels(made.instances[i].numpy(), norm)) for i in rows])
-    return Pairs(made.target[rows], condition, [made.prompts[i] for i in rows], [f"{split} {i}" for i in rows])
+    return PairBatch(made.target[rows], condition, [made.prompts[i] for i in rows], [f"{split} {i}" for i in rows])
 
 
 def main():
@@ -42,17 +43,17 @@ def main():
     print("| shown | backbone | loss before | loss after | overlap, drawn | overlap, measured |\n|---|---|---|---|---|---|")
     for norm in options.norms:
         if options.dataset:
-            training, held = split_pairs(gather_tiles(options.dataset, lambda record: read_mask_pair(record, norm))[0])
+            training, held = split_pairs(gather_tiles(options.dataset, partial(read_mask_pair, norm=norm))[0])
         else:
             training, held = draw_pairs(norm, "train", 192), draw_pairs(norm, "validation", 16)
         for frozen in options.frozen:
-            fitter = MaskLearner(weights, norm, frozen=bool(frozen))
-            before = fitter.judge(fitter.modules, held)
+            learner = MaskLearner(weights, norm, frozen=bool(frozen))
+            before = learner.validation_loss(learner.modules, held)
             config = replace(MASK_CONFIG, steps=options.steps, validate_every=options.steps, patience=0)
-            fit(fitter, training, held, config, tempfile.mkdtemp(), progress=False)
+            fit(learner, training, held, config, tempfile.mkdtemp(), progress=False)
             some = held.take(range(min(8, len(held))))
-            drawn = fitter.restore(fitter.modules, some.condition, some.prompts)
-            print(f"| {norm} | {'frozen' if frozen else 'tuned'} | {before:.4f} | {fitter.judge(fitter.modules, held):.4f} | "
+            drawn = learner.restore(learner.modules, some.condition, some.prompts)
+            print(f"| {norm} | {'frozen' if frozen else 'tuned'} | {before:.4f} | {learner.validation_loss(learner.modules, held):.4f} | "
                   f"{measure_following(drawn, some.condition):.2f} | {measure_following(some.target, some.condition):.2f} |", flush=True)
 
 

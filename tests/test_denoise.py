@@ -24,10 +24,12 @@ from fluogen.training import fit as finetune
 from fluogen.recipes import denoising as denoise
 from fluogen.training.fit import TUNE_CONFIG
 from fluogen.experiments.baselines import hide_pixels
+from fluogen.training import learners
 from fluogen.training.learners import ControlLearner
-from fluogen.datasets.pairs import NoisyPairError, judge_noisy_pair, match_scale, show_pair
+from fluogen.training.peft import PEFT, peft_name
+from fluogen.datasets.pairs import UnusablePairError, judge_noisy_pair, match_scale, show_pair
 from fluogen.datasets.pairs import read_pairs
-from fluogen.tasks.finetune import adapt
+from fluogen.tasks.finetune import finetune
 from fluogen.tasks.restore import restore_image, restore_unit
 from fluogen.tasks.restore import RestoreError, RestoreSettings
 from fluogen.simulation.stream import SceneStream
@@ -128,7 +130,7 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_the_recipe_stops_and_goes_on(tmp_path, monkeypatch):
     save_denoiser(tmp_path / "base")
     monkeypatch.setattr(denoise, "score_denoise", lambda fitter, modules, **options: {"PSNR (dB), 5 photons": 1.0})
-    monkeypatch.setattr(denoise, "Rounds", lambda simulate, seed, n, device: SceneStream(simulate, seed, n=4, device=device))
+    monkeypatch.setattr(denoise, "SceneStream", lambda simulate, seed, n, device: SceneStream(simulate, seed, n=4, device=device))
     options = dict(base=str(tmp_path / "base"), steps=2, crops=2, device="cpu")
     made = denoise.train_denoise(tmp_path / "nano-denoise", tmp_path / "work", **options)
     weights = load_weights(str(made))
@@ -141,10 +143,10 @@ def test_the_recipe_stops_and_goes_on(tmp_path, monkeypatch):
 def test_the_recipe_of_samples_keeps_all_but_the_reading(tmp_path, monkeypatch):
     save_sampler(tmp_path / "sr", channels=1)
     monkeypatch.setattr(denoise, "score_denoise", lambda fitter, modules, **options: {"PSNR (dB), 5 photons": 1.0})
-    monkeypatch.setattr(denoise, "Rounds", lambda simulate, seed, n, device: SceneStream(simulate, seed, n=4, device=device))
-    fitter, given = denoise.add_branch(load_weights(str(tmp_path / "sr"))), load_weights(str(tmp_path / "sr"))
-    assert torch.equal(fitter.modules["control"].zero_mid.weight, given.control.zero_mid.weight) and fitter.top is None
-    assert fitter.modules["control"].config.condition_channels == 3 and not fitter.modules["control"].condition.last.weight.any()
+    monkeypatch.setattr(denoise, "SceneStream", lambda simulate, seed, n, device: SceneStream(simulate, seed, n=4, device=device))
+    learner, given = denoise.add_branch(load_weights(str(tmp_path / "sr"))), load_weights(str(tmp_path / "sr"))
+    assert torch.equal(learner.modules["control"].zero_mid.weight, given.control.zero_mid.weight) and learner.top is None
+    assert learner.modules["control"].config.condition_channels == 3 and not learner.modules["control"].condition.last.weight.any()
     made = denoise.train_denoise(tmp_path / "samples", tmp_path / "work", base=str(tmp_path / "sr"), steps=1, crops=2, device="cpu",
                                  adaptation="control")
     weights = load_weights(str(made))
@@ -154,12 +156,12 @@ def test_the_recipe_of_samples_keeps_all_but_the_reading(tmp_path, monkeypatch):
 
 def test_light_of_a_sample_has_no_upper_end(tmp_path, monkeypatch):
     save_sampler(tmp_path / "toy")
-    monkeypatch.setattr(finetune, "hold_light", lambda drawn, shown: drawn)
+    monkeypatch.setattr(learners, "keep_low_frequencies", lambda drawn, shown: drawn)
     condition, highest = torch.rand(1, 3, 32, 32), {}
     for light in (True, False):
-        fitter = ControlLearner(load_weights(str(tmp_path / "toy")), light=light)
-        list(fitter.modules["backbone"].parameters())[-1].data.fill_(-3)                        # of the last layer: far above white
-        highest[light] = float(fitter.restore(fitter.modules, condition, [""], passes=2).max())
+        learner = ControlLearner(load_weights(str(tmp_path / "toy")), light=light)
+        list(learner.modules["backbone"].parameters())[-1].data.fill_(-3)                        # of the last layer: far above white
+        highest[light] = float(learner.restore(learner.modules, condition, [""], passes=2).max())
     assert highest[True] > 1 and highest[False] == 1
 
 
@@ -168,7 +170,7 @@ def test_a_sample_is_as_bright_as_the_recording_whatever_was_drawn(tmp_path):
     weights, fields = load_weights(str(tmp_path / "toy")), expose(simulate_clean("nuclei", 2, 96), 200, make_rng(0, "bright"))
     settings, fitter = RestoreSettings(samples=1, steps=2), ControlLearner(weights, light=True, passes=2)
     recorded = input_light(fields.condition)
-    fitted = fitter.restore(weights.modules, fields.condition, ["", ""])
+    fitted = learner.restore(weights.modules, fields.condition, ["", ""])
     for i in range(2):
         found = restore_unit(fields.condition[i], weights, settings, hash_array(fields.condition[i].numpy()))
         assert torch.allclose(found, fitted[i, 0], atol=1e-4)
@@ -197,7 +199,7 @@ def test_noisy_images_are_restored_by_samples(tmp_path):
     assert one.array.shape == image.array.shape and np.isfinite(one.array).all() and not np.array_equal(one.array, two.array)
     with pytest.raises(RestoreError, match="not a mean"):
         restore_image(image, weights)
-    made = adapt(manifest, "mine", base=str(tmp_path / "toy"), samples=True, task="denoise", work=tmp_path / "work", out=tmp_path, config=SHORT,
+    made = finetune(manifest, "mine", base=str(tmp_path / "toy"), samples=True, task="denoise", work=tmp_path / "work", out=tmp_path, config=SHORT,
                  device="cpu", log=lambda line: None, progress=False)
     assert np.isfinite(made.after) and "control" in load_weights(str(tmp_path / "mine")).modules
     assert main(["restore", str(tmp_path / "noisy0.tif"), str(tmp_path / "out.tif"), "--model", str(tmp_path / "mine"), "--samples", "1",
@@ -225,11 +227,11 @@ def test_a_noisy_image_is_restored_from_the_shell(tmp_path, capsys):
 def test_a_denoiser_is_tuned_on_pairs_of_two_scales(tmp_path):
     save_denoiser(tmp_path / "toy")
     manifest, said = noisy_files(tmp_path), []
-    made = adapt(manifest, "mine", base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, config=SHORT, device="cpu",
+    made = finetune(manifest, "mine", base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, config=SHORT, device="cpu",
                  log=said.append, task="denoise")
     assert load_weights(str(tmp_path / "mine")).direct.matched and made.n_train == 4 and made.n_held == 1
     with pytest.raises(FluogenError, match="weights of another task"):
-        adapt(manifest, "mine", base=str(tmp_path / "toy"), out=tmp_path, work=tmp_path / "w2", task="sr")
+        finetune(manifest, "mine", base=str(tmp_path / "toy"), out=tmp_path, work=tmp_path / "w2", task="sr")
 
 
 def test_a_repeated_frame_is_left_out(tmp_path):
@@ -251,7 +253,7 @@ def wrong_pairs():
 
 @pytest.mark.parametrize("said, pair", wrong_pairs().items())
 def test_wrong_pairs_are_one_line(said, pair):
-    with pytest.raises(NoisyPairError, match=said) as caught:
+    with pytest.raises(UnusablePairError, match=said) as caught:
         judge_noisy_pair(*pair, "7.tif")
     assert "\n" not in str(caught.value) and "7.tif" in str(caught.value)
 
@@ -278,18 +280,18 @@ def test_the_camera_is_known():
     assert abs(float(noise.predict_variance(100 + 2 * 9)) - (4 * (9 + 1.5**2) + 1 / 12)) < 1e-6
 
 
-@pytest.mark.parametrize("free", ["norms", "low-rank", "anchored"])
-def test_tuning_with_fewer_free_weights_leaves_plain_weights(tmp_path, free):
+@pytest.mark.parametrize("way", ["norm", "lora", "l2sp", "norms", "low-rank", "anchored"])
+def test_tuning_with_fewer_trainable_weights_leaves_plain_weights(tmp_path, way):
     save_denoiser(tmp_path / "toy")
-    adapt(noisy_files(tmp_path, 4), "mine", base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, task="denoise",
-          config=replace(SHORT, lr=1e-2, blend=1.0), device="cpu", log=lambda line: None, free=free)
+    finetune(noisy_files(tmp_path, 4), "mine", base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, task="denoise",
+          config=replace(SHORT, lr=1e-2, wise_ft_weight=1.0), device="cpu", log=lambda line: None, **{"peft" if way in PEFT else "free": way})
     before, after = (load_weights(str(tmp_path / name)).modules["backbone"].state_dict() for name in ("toy", "mine"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     kernels = {name for name in moved if before[name].ndim > 1}
-    assert moved and bool(kernels) == (free != "norms")
+    assert moved and bool(kernels) == (peft_name(way) != "norm")
 
 
 def test_an_unknown_way_of_tuning_is_one_line(tmp_path):
     save_denoiser(tmp_path / "toy")
-    with pytest.raises(FluogenError, match="no such way of tuning .found half, expected all, norms, low-rank, anchored"):
-        adapt(noisy_files(tmp_path, 2), "mine", base=str(tmp_path / "toy"), out=tmp_path, task="denoise", free="half", log=lambda line: None)
+    with pytest.raises(FluogenError, match="no such way of tuning .found half, expected all, norm, lora, l2sp"):
+        finetune(noisy_files(tmp_path, 2), "mine", base=str(tmp_path / "toy"), out=tmp_path, task="denoise", peft="half", log=lambda line: None)

@@ -11,10 +11,11 @@ from toys import PROMPTS, make_weights
 
 from fluogen.models.controlnet import ControlConfig
 from fluogen.training.trainer import load_state as load_trained
-from fluogen.datasets.pairs import FinetuneError, Pairs
+from fluogen.datasets.pairs import UnusablePairError, PairBatch
 from fluogen.training.augment import draw_crops
-from fluogen.training.fit import FitConfig, fit, validation_psnr
-from fluogen.training.learners import ControlLearner, DirectLearner, NetworkLearner, drop_some
+from fluogen.training.fit import FitConfig, fit
+from fluogen.training.learners import ControlLearner, DirectLearner, Learner, NetworkLearner, validation_psnr
+from fluogen.models.text_encoder import drop_prompts
 from fluogen.simulation.stream import SceneStream, draw_rows
 from fluogen.training.augment import dihedral
 
@@ -25,7 +26,7 @@ def make_pairs(n=6, size=24, seed=0, channels=1, first=0):
     "The 2 x 2 mean of every fine picture is its measurement; pixel values name the pair and the place."
     fine = torch.rand(n, 1, size, size + 8, generator=torch.Generator().manual_seed(seed))
     coarse = F.avg_pool2d(fine, 2).repeat(1, channels, 1, 1)
-    return Pairs(fine, coarse, [PROMPTS[i % 3] for i in range(n)], [f"cell {first + i}" for i in range(n)])
+    return PairBatch(fine, coarse, [PROMPTS[i % 3] for i in range(n)], [f"cell {first + i}" for i in range(n)])
 
 
 def control_fitter(**options):
@@ -53,9 +54,9 @@ def test_pairs_that_do_not_match():
                        ((fine, coarse, ["a"] * 4, ["g"] * 3), "do not match up"),
                        ((fine[..., :15, :15], coarse, ["a"] * 4), "whole multiple"),
                        ((fine, coarse[..., :4], ["a"] * 4), "whole multiple")):
-        with pytest.raises(FinetuneError, match=says):
-            Pairs(*args)
-    pairs = Pairs(fine, coarse, ["a", "b", "c", "d"])
+        with pytest.raises(UnusablePairError, match=says):
+            PairBatch(*args)
+    pairs = PairBatch(fine, coarse, ["a", "b", "c", "d"])
     assert pairs.scale == 2 and len(pairs) == 4 and len(set(pairs.groups)) == 4
     some = pairs.take([2, 0])
     assert some.prompts == ["c", "a"] and some.groups == ["2", "0"] and torch.equal(some.target[1], fine[0])
@@ -98,7 +99,7 @@ def test_pairs_are_cut_and_turned_together(channels):
 
 def test_all_eight_turns_and_all_places_are_drawn():
     fine = torch.arange(24.0 * 24).reshape(1, 1, 24, 24)
-    pairs, turns, corners = Pairs(fine, F.avg_pool2d(fine, 2), [""]), set(), set()
+    pairs, turns, corners = PairBatch(fine, F.avg_pool2d(fine, 2), [""]), set(), set()
     for step in range(300):
         crop = draw_crops(pairs, step, 0, 1, 16)["target"][0, 0]
         corner = float(crop.min())
@@ -155,9 +156,10 @@ def test_rounds_are_a_function_of_the_step():
 
 def test_dropped_prompts():
     texts = ["a"] * 20_000
-    draw = lambda: drop_some(texts, 0.2, torch.Generator().manual_seed(0))
-    assert draw() == draw() and 0.19 < draw().count("") / 20_000 < 0.21
-    assert drop_some(texts, 0.0, None) is texts
+    for generator in (lambda: torch.Generator().manual_seed(0), lambda: np.random.default_rng(0)):
+        draw = lambda: drop_prompts(texts, generator(), 0.2)
+        assert draw() == draw() and 0.19 < draw().count("") / 20_000 < 0.21
+    assert drop_prompts(texts, None, 0.0) is texts
 
 
 def test_adaptations_for_users_learn_the_empty_prompt():
@@ -203,7 +205,7 @@ def test_a_frozen_backbone_stays_as_it_is(tmp_path):
         assert changed == ({"control"} if frozen else {"control", "backbone", "prompts"})
 
 
-class Scripted:
+class Scripted(Learner):
     "A fitter whose validation follows a script: what is kept and when it stops can be told exactly."
     name = "scripted"
 
@@ -244,7 +246,7 @@ def test_validation_is_the_mean_of_psnr_per_picture():
 
 
 def test_groups_may_not_be_shared(tmp_path):
-    with pytest.raises(FinetuneError, match="share a group .found cell 5"):
+    with pytest.raises(UnusablePairError, match="share a group .found cell 5"):
         fit(plain_fitter(), make_pairs(), make_pairs(2, first=5), QUICK, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -6,24 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from fluogen.datasets.pairs import read_mask_pair
-
-from fluogen.datasets.pairs import MASK_NORM
-
 from fluogen.cli.main import main
 from fluogen.core import FluogenError
 from fluogen.io.image import Image, read_image, write_image
 from fluogen.preprocessing.labels import LABEL_NORMS, LabelError, check_labels, find_rims, show_labels
 from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights, save_weights
-from fluogen.tasks import finetune as masks
-from fluogen.datasets.pairs import Pairs
-from fluogen.training.fit import judge_fit
+from fluogen.datasets.pairs import MASK_NORM, PairBatch, gather_tiles, read_mask_pair
 from fluogen.metrics.segmentation import measure_following, overlap
 from fluogen.training.fit import MASK_CONFIG
 from fluogen.training.learners import MaskLearner
-from fluogen.tasks.finetune import adapt_masks, find_mask_alarm
-from fluogen.datasets.pairs import OwnPairsError
+from fluogen.tasks.finetune import FinetuneError, find_mask_alarm, finetune
 from fluogen.tasks.restore import restore_image
 from fluogen.tasks.restore import RestoreError, RestoreSettings
 from toys import ABOUT, CARD, make_weights
@@ -59,7 +52,7 @@ def drawer(tmp_path_factory):
     "Manifest, result and folder of a toy that was taught to draw."
     folder, said = tmp_path_factory.mktemp("masks"), []
     prior, manifest = save_prior(folder / "prior"), write_manifest(folder)
-    made = adapt_masks(manifest, "drawer", base=str(prior), work=folder / "work", out=folder, config=SHORT, device="cpu", log=said.append,
+    made = finetune(manifest, "drawer", task="mask2image", base=str(prior), work=folder / "work", out=folder, config=SHORT, device="cpu", log=said.append,
                        progress=False)
     assert any("set aside" in line for line in said)
     return folder, made
@@ -130,13 +123,13 @@ def test_a_new_branch_judges_as_the_prior_does_and_the_loop_minimises_it():
     weights = make_weights()
     weights.config["task"] = "generate"
     labels = torch.from_numpy(show_labels(squares()[:, :32], "labels:edges"))[None].repeat(3, 1, 1, 1)
-    pairs = Pairs(torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)), labels, ["", "ER of COS-7", ""], ["a", "b", "c"])
-    fitter = MaskLearner(weights, "labels:edges")
-    bare = Pairs(pairs.target, torch.zeros_like(labels), pairs.prompts, pairs.groups)
-    assert fitter.judge(fitter.modules, pairs) == fitter.judge(fitter.modules, bare) == judge_fit(fitter, fitter.modules, pairs)
-    torch.nn.init.normal_(fitter.modules["control"].condition.last.weight)
-    torch.nn.init.normal_(fitter.modules["control"].zero[0].weight)
-    assert fitter.judge(fitter.modules, pairs) != fitter.judge(fitter.modules, bare)
+    pairs = PairBatch(torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)), labels, ["", "ER of COS-7", ""], ["a", "b", "c"])
+    learner = MaskLearner(weights, "labels:edges")
+    bare = PairBatch(pairs.target, torch.zeros_like(labels), pairs.prompts, pairs.groups)
+    assert learner.validation_loss(learner.modules, pairs) == learner.validation_loss(learner.modules, bare)
+    torch.nn.init.normal_(learner.modules["control"].condition.last.weight)
+    torch.nn.init.normal_(learner.modules["control"].zero[0].weight)
+    assert learner.validation_loss(learner.modules, pairs) != learner.validation_loss(learner.modules, bare)
 
 
 def test_a_model_is_taught_kept_and_draws(drawer, tmp_path):
@@ -146,9 +139,9 @@ def test_a_model_is_taught_kept_and_draws(drawer, tmp_path):
     weights = load_weights(str(made.folder))
     assert (weights.config["task"], weights.config["norm"], weights.config["scale"]) == ("mask2image", MASK_NORM, 1)
     assert weights.config["base"]["name"] == "prior" and "overlap" in (made.folder / "card.md").read_text()
-    held = [Pairs(torch.rand(1, 1, 32, 32), torch.from_numpy(show_labels(squares()[:, :32], MASK_NORM))[None], [""])]
+    held = [PairBatch(torch.rand(1, 1, 32, 32), torch.from_numpy(show_labels(squares()[:, :32], MASK_NORM))[None], [""])]
     kept = MaskLearner(weights)                                                   # its own branch, not a new one
-    assert kept.judge(kept.modules, held[0]) != kept.judge(kept.modules, Pairs(held[0].target, 0 * held[0].condition, [""]))
+    assert kept.validation_loss(kept.modules, held[0]) != kept.validation_loss(kept.modules, PairBatch(held[0].target, 0 * held[0].condition, [""]))
     out = tmp_path / "drawn.tif"
     assert main(["restore", str(folder / "mask0.tif"), str(out), "--model", str(made.folder), "--samples", "1", "--passes", "2"]) == 0
     drawn = read_image(out)
@@ -195,7 +188,7 @@ def test_a_film_of_masks_is_drawn_plane_by_plane(drawer):
 def test_pairs_that_cannot_be_used_are_left_out_by_name(tmp_path, spoil, match):
     manifest = write_manifest(tmp_path, 3)
     spoil(tmp_path)
-    pairs, notes = masks.gather_tiles(manifest, read_mask_pair)
+    pairs, notes = gather_tiles(manifest, read_mask_pair)
     assert set(pairs.groups) == {"cell1", "cell2"} and len(notes) == 1 and match in notes[0] and "0.tif" in notes[0] and "\n" not in notes[0]
 
 
@@ -205,16 +198,16 @@ def test_two_stains_may_share_a_mask_but_not_their_prompt(tmp_path):
     more = [lines[0] | {"image": "image1.tif", "text": "Microtubules of HeLa"}, lines[0] | {"conditioning_image": "copy.tif"}]
     (tmp_path / "copy.tif").write_bytes((tmp_path / "mask0.tif").read_bytes())
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines + more))
-    pairs, notes = masks.gather_tiles(manifest, read_mask_pair)
+    pairs, notes = gather_tiles(manifest, read_mask_pair)
     assert len(pairs) == 3 and len(notes) == 1 and "repeats" in notes[0]
 
 
 def test_what_cannot_be_taught_is_one_line(tmp_path, capsys):
     manifest = write_manifest(tmp_path, 2)
-    with pytest.raises(OwnPairsError, match="another task"):
-        adapt_masks(manifest, "x", base="nano-sr-direct")
+    with pytest.raises(FinetuneError, match="another task"):
+        finetune(manifest, "x", task="mask2image", base="nano-sr-direct")
     with pytest.raises(FluogenError, match="not a name"):
-        adapt_masks(manifest, "a/b")
+        finetune(manifest, "a/b", task="mask2image")
     lines = [json.loads(line) | {"group": "one"} for line in manifest.read_text().splitlines()]
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["finetune", str(manifest), "--name", "x", "--task", "mask2image", "--work", str(tmp_path)]) == 2

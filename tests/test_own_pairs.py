@@ -21,15 +21,14 @@ from fluogen.io.image import read_image, write_image
 from fluogen.simulation.pairs import simulate_pairs
 from fluogen.datasets.registry import load_dataset
 from fluogen.models.zoo import load_weights
-from fluogen.training import fit as finetune
-from fluogen.tasks import finetune as own_pairs
+from fluogen.training import fit as fitting
 from fluogen.training.fit import TUNE_CONFIG
-from fluogen.datasets.pairs import Pairs
-from fluogen.training.fit import fit, interpolate_weights
+from fluogen.datasets.pairs import PairBatch
+from fluogen.training.fit import WISE_FT_WEIGHTS, choose_wise_ft_weight, fit, interpolate_weights
 from fluogen.training.learners import DirectLearner
-from fluogen.datasets.pairs import find_camera
-from fluogen.datasets.pairs import OwnPairsError, cut_pair, read_pairs
-from fluogen.tasks.finetune import adapt, find_alarm, set_profile, split_pairs
+from fluogen.training.peft import peft_name
+from fluogen.datasets.pairs import UnusablePairError, cut_pair, find_camera, read_noise, read_pairs
+from fluogen.tasks.finetune import MAX_VALIDATION, FinetuneError, find_alarm, finetune, set_profile, split_pairs
 from fluogen.tasks.restore import RestoreSettings, fill_camera
 from toys import make_weights, save_toy
 
@@ -67,20 +66,20 @@ def test_what_cannot_be_used_is_left_out_and_said(tmp_path):
 
 @pytest.mark.parametrize("rows, match", [([((64, 64), 1, "a")], "no pair that can be used"), ([((14, 14), 2, "a")], "too small")])
 def test_nothing_usable_is_refused(tmp_path, rows, match):
-    with pytest.raises(OwnPairsError, match=match) as caught:
+    with pytest.raises(UnusablePairError, match=match) as caught:
         read_pairs(write_manifest(tmp_path, rows))
     assert "\n" not in str(caught.value)
 
 
 def test_no_group_on_both_sides():
     def pairs(groups):
-        return Pairs(torch.zeros(len(groups), 1, 32, 32), torch.zeros(len(groups), 1, 16, 16), [""] * len(groups), groups)
+        return PairBatch(torch.zeros(len(groups), 1, 32, 32), torch.zeros(len(groups), 1, 16, 16), [""] * len(groups), groups)
     for seed in range(20):
         training, held = split_pairs(pairs([f"cell{i % 7}" for i in range(50)]), seed)
         assert not set(training.groups) & set(held.groups) and len(training) and len(held)
     training, held = split_pairs(pairs(["a"] * 2 + ["b"] * 200))
-    assert 1 <= len(held) <= own_pairs.MAX_VALIDATION
-    with pytest.raises(OwnPairsError, match="one group only"):
+    assert 1 <= len(held) <= MAX_VALIDATION
+    with pytest.raises(UnusablePairError, match="one group only"):
         split_pairs(pairs(["a"] * 5))
 
 
@@ -92,43 +91,43 @@ def test_alarms():
 
 def test_blended_weights_lie_half_way(tmp_path):
     data = simulate_pairs(["er"], 4, size_px=32, seed=1)
-    rows = Pairs(data.target, data.condition, data.prompts)
+    rows = PairBatch(data.target, data.condition, data.prompts)
     ends = {}
     for share in (0.5, 1.0):
-        fitter = DirectLearner(make_weights())
-        start = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
-        fit(fitter, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, blend=share, validate_every=4), tmp_path / str(share))
-        ends[share] = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
+        learner = DirectLearner(make_weights())
+        start = {k: v.clone() for k, v in learner.modules.state_dict().items()}
+        fit(learner, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, wise_ft_weight=share, validate_every=4), tmp_path / str(share))
+        ends[share] = {k: v.clone() for k, v in learner.modules.state_dict().items()}
     moved = [k for k in start if not torch.equal(start[k], ends[1.0][k])]
     for name in moved:
         torch.testing.assert_close(ends[0.5][name], (start[name] + ends[1.0][name]) / 2)
-    interpolate_weights(fitter.modules, start, 0.0)
-    assert all(torch.equal(v, start[k]) for k, v in fitter.modules.state_dict().items())
+    interpolate_weights(learner.modules, start, 0.0)
+    assert all(torch.equal(v, start[k]) for k, v in learner.modules.state_dict().items())
 
 
 def test_the_share_of_tuning_is_the_one_that_validation_likes_best(tmp_path, monkeypatch):
     data = simulate_pairs(["er"], 4, size_px=32, seed=1)
-    rows, fitter, asked = Pairs(data.target, data.condition, data.prompts), DirectLearner(make_weights()), []
-    start = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
-    fit(fitter, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, validate_every=4), tmp_path / "fit")
-    end = {k: v.clone() for k, v in fitter.modules.state_dict().items()}
+    rows, learner, asked = PairBatch(data.target, data.condition, data.prompts), DirectLearner(make_weights()), []
+    start = {k: v.clone() for k, v in learner.modules.state_dict().items()}
+    fit(learner, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, validate_every=4), tmp_path / "fit")
+    end = {k: v.clone() for k, v in learner.modules.state_dict().items()}
     moved = next(k for k in start if not torch.equal(start[k], end[k]))
 
-    def judge(fitter, modules, pairs):                                              # likes a quarter of the way
+    def judge(modules, pairs):                                                      # likes a quarter of the way
         asked.append(float(((modules.state_dict()[moved] - start[moved]).norm() / (end[moved] - start[moved]).norm())))
         return abs(asked[-1] - 0.3)
-    monkeypatch.setattr(finetune, "judge_fit", judge)
-    assert finetune.choose_wise_ft_weight(fitter, start, rows) == 0.25 and asked == pytest.approx(finetune.WISE_FT_WEIGHTS, abs=1e-4)
-    assert all(torch.equal(v, end[k]) for k, v in fitter.modules.state_dict().items())
-    fit(fitter, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, validate_every=4, blend=None), tmp_path / "fit")
-    assert fitter.share == 0.25
+    monkeypatch.setattr(learner, "validation_loss", judge)
+    assert choose_wise_ft_weight(learner, start, rows) == 0.25 and asked == pytest.approx(WISE_FT_WEIGHTS, abs=1e-4)
+    assert all(torch.equal(v, end[k]) for k, v in learner.modules.state_dict().items())
+    fit(learner, rows.take([0, 1]), rows.take([2, 3]), replace(SHORT, lr=1e-2, validate_every=4, wise_ft_weight=None), tmp_path / "fit")
+    assert learner.wise_ft_weight == 0.25
 
 
 @pytest.mark.parametrize("samples", [False, True])
 def test_a_model_is_tuned_kept_and_used(tmp_path, samples):
     save_toy(tmp_path / "toy", "control" if samples else "direct")
     manifest, said = write_manifest(tmp_path, [((32, 32), 2, f"cell{i}") for i in range(5)]), []
-    made = adapt(manifest, "mine", base=str(tmp_path / "toy"), samples=samples, work=tmp_path / "work", out=tmp_path, config=SHORT,
+    made = finetune(manifest, "mine", base=str(tmp_path / "toy"), samples=samples, work=tmp_path / "work", out=tmp_path, config=SHORT,
                  device="cpu", log=said.append)
     assert any("set aside" in line for line in said) and made.n_held == 1 and made.n_train == 4
     weights = load_weights(str(tmp_path / "mine"))
@@ -142,7 +141,7 @@ def test_a_model_is_tuned_kept_and_used(tmp_path, samples):
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a:b"])
 def test_names_that_are_no_names(tmp_path, name):
     with pytest.raises(FluogenError, match="not a name"):
-        adapt(tmp_path, name)
+        finetune(tmp_path, name)
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
@@ -180,13 +179,13 @@ tune_toy(sys.argv[3], "killed", strike)
 
 def tune_toy(home, name, callback=None):
     "Eight steps with a checkpoint every two and a validation every three."
-    home, whole = Path(home), finetune.TrainConfig
-    finetune.TrainConfig = partial(whole, checkpoint_every=2)
+    home, whole = Path(home), fitting.TrainConfig
+    fitting.TrainConfig = partial(whole, checkpoint_every=2)
     try:
-        return adapt(home / "manifest.jsonl", name, base=str(home / "toy"), work=home / "work", out=home, device="cpu", callback=callback,
+        return finetune(home / "manifest.jsonl", name, base=str(home / "toy"), work=home / "work", out=home, device="cpu", callback=callback,
                      config=replace(SHORT, steps=8, validate_every=3, lr=1e-2, ema_decay=0.5), log=lambda line: None, progress=False)
     finally:
-        finetune.TrainConfig = whole
+        fitting.TrainConfig = whole
 
 
 def test_a_tuning_killed_with_9_goes_on_to_the_same_weights(tmp_path):
@@ -212,12 +211,12 @@ def test_a_name_is_not_gone_on_with_other_pairs_or_weights(tmp_path):
     kept = (tmp_path / "mine" / "weights.safetensors").read_bytes()
     assert tune_toy(tmp_path, "mine").after == first.after              # the same call again
     write_manifest(tmp_path, rows[:4])
-    with pytest.raises(OwnPairsError, match="lies there.*--name") as caught:
+    with pytest.raises(FinetuneError, match="lies there.*--name") as caught:
         tune_toy(tmp_path, "mine")
     assert "\n" not in str(caught.value)
     write_manifest(tmp_path, rows)
     save_toy(tmp_path / "toy", seed=1)
-    with pytest.raises(OwnPairsError, match="with other weights lies there"):
+    with pytest.raises(FinetuneError, match="with other weights lies there"):
         tune_toy(tmp_path, "mine")
     assert (tmp_path / "mine" / "weights.safetensors").read_bytes() == kept
 
@@ -282,10 +281,11 @@ def test_the_camera_that_only_pairs_tell_comes_along(tmp_path):
         lines.append({"image": f"clean/{i}.tif", "conditioning_image": f"noisy/{i}.tif", "text": "ER of COS-7", "group": str(i)})
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    camera = find_camera(load_dataset(manifest))
+    camera = find_camera([read_noise(*(read_image(path).array for path in (record.conditioning_path, record.path)))
+                          for record in load_dataset(manifest)])
     assert camera[0] > 0.5 and camera[2] >= 0
     weights, said = load_weights("nano-denoise"), []
-    adapt(manifest, "mine", task="denoise", work=tmp_path / "work", out=tmp_path, config=replace(SHORT, steps=2), device="cpu", log=said.append)
+    finetune(manifest, "mine", task="denoise", work=tmp_path / "work", out=tmp_path, config=replace(SHORT, steps=2), device="cpu", log=said.append)
     assert any(f"--camera {camera[0]}" in line for line in said)
     mine = load_weights(str(tmp_path / "mine"))
     assert tuple(mine.config["camera"]) == camera and fill_camera(mine, RestoreSettings()).camera == camera
@@ -299,26 +299,26 @@ def test_the_camera_that_only_pairs_tell_comes_along(tmp_path):
 
 
 def test_weights_that_ship_keep_their_names(tmp_path):
-    with pytest.raises(OwnPairsError, match="ship with the package"):
-        adapt(tmp_path, "nano-sr-direct")
+    with pytest.raises(FinetuneError, match="ship with the package"):
+        finetune(tmp_path, "nano-sr-direct")
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(FluogenError, match="nothing can be written into it"):
-        adapt(tmp_path / "none.jsonl", "mine", out=tmp_path / "file")
+        finetune(tmp_path / "none.jsonl", "mine", out=tmp_path / "file")
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "1.tif").write_text("x")
-    with pytest.raises(OwnPairsError, match="holds no weights lies there"):
-        adapt(tmp_path / "none.jsonl", "cells", out=tmp_path)
+    with pytest.raises(FinetuneError, match="holds no weights lies there"):
+        finetune(tmp_path / "none.jsonl", "cells", out=tmp_path)
 
 
 def test_profiles():
     assert set_profile(SHORT, "laptop") == SHORT
-    with pytest.raises(OwnPairsError, match="no such profile"):
+    with pytest.raises(FinetuneError, match="no such profile"):
         set_profile(SHORT, "cluster")
     if not torch.cuda.is_available():
-        with pytest.raises(OwnPairsError, match="needs an NVIDIA GPU.*Leave --profile out"):
+        with pytest.raises(FinetuneError, match="needs an NVIDIA GPU.*Leave --profile out"):
             set_profile(SHORT, "gpu")
 
 
@@ -326,4 +326,4 @@ def test_the_default_way_of_tuning_is_the_best_that_was_measured():
     from fluogen.figures import fig5b_how_many as fig5b
     from fluogen.models.zoo import find_record
     best = fig5b.best_tuning(find_record("bench-pairs"))
-    assert {"fluogen": "all"}.get(best, best) == inspect.signature(adapt).parameters["free"].default
+    assert peft_name({"fluogen": "all"}.get(best, best)) == inspect.signature(finetune).parameters["peft"].default

@@ -8,7 +8,7 @@ __all__ = ['MAX_VALIDATION_TILES', 'Method', 'Benchmark', 'describe_stopping', '
 # %% ../../nbs/lib/experiments/30_harness.ipynb #6f782d3e
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from ..models.cards import name_hardware
 from ..training.checkpoint import load_tensors
 from ..training.fit import BENCH_CONFIG, FitConfig, fit, interpolate_weights, pace
 from ..training.optim import copy_into
-from ..training.peft import count_trainable
 
 # %% ../../nbs/lib/experiments/30_harness.ipynb #3fe970a5
 MAX_VALIDATION_TILES = 32                                             # pairs to stop by, however many there are
@@ -73,8 +72,8 @@ def run_method(
     if not n_pairs:
         return write_json_once(folder / "result.json", lambda: {"method": method, "seed": seed, "steps": 0})
     config = replace(config or bench.methods[method].config, seed=seed)
-    if dataset != "simulated" and config.blend != 1:        # judged on the microscope that the pairs are from: they choose the share
-        config = replace(config, blend=None)
+    if dataset != "simulated" and config.wise_ft_weight != 1:        # judged on the microscope that the pairs are from: they choose the share
+        config = replace(config, wise_ft_weight=None)
     pairs, validation = bench.draw_pairs(method, seed, n_pairs, dataset)
     validation = validation.take(list(range(min(len(validation), MAX_VALIDATION_TILES))))
     fitter = bench.build_learner(method, seed)
@@ -91,8 +90,8 @@ def run_method(
     report = {
         "method": method, "seed": seed, "seconds": seconds, "seconds a step": round(step_s, 4), "steps in time": in_time,
         "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3),
-        "parameters": count_trainable(fitter), "hardware": name_hardware(next(fitter.modules.parameters()).device), "share": fitter.share,
-        "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": asdict(config)}
+        "parameters": fitter.n_trainable, "hardware": name_hardware(next(fitter.modules.parameters()).device), "share": fitter.wise_ft_weight,
+        "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": config.to_dict()}
     write_json(folder / "result.json", report, 1)
     return report
 
@@ -105,7 +104,7 @@ def load_method(method: str, seed: int, folder: str | Path, bench: Benchmark, wh
         tensors, _ = load_tensors(Path(folder) / f"{which}.safetensors")
         copy_into({n: v for n, v in (*fitter.modules.named_parameters(), *fitter.modules.named_buffers()) if n in tensors}, tensors)
         report = json.loads((Path(folder) / "result.json").read_text()) if (Path(folder) / "result.json").is_file() else {}
-        interpolate_weights(fitter.modules, start, report.get("share", bench.methods[method].config.blend))
+        interpolate_weights(fitter.modules, start, report.get("share", bench.methods[method].config.wise_ft_weight))
     fitter.modules.eval().requires_grad_(False)
     return fitter
 

@@ -96,7 +96,7 @@ def _simulate(structures, n, size_px, seed, split, optics, device, brightness, *
     if brightness is not None:
         factor = torch.as_tensor(rng.uniform(*brightness, size=(n, 1, 1, 1)), dtype=torch.float32)
         columns["target"] = columns["target"] * factor.to(device)
-    return PairBatch(**columns)
+    return PairBatch(**{"condition": None} | columns)
 
 
 def _check_request(structures, n: int, size_px: int, split: str, optics) -> tuple[list[str], OpticsRange]:

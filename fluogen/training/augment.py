@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..core import make_rng
-from ..datasets.pairs import Pairs
+from ..datasets.pairs import PairBatch
 
 # %% ../../nbs/lib/training/40_augment.ipynb #ba497f14
 def dihedral(image: torch.Tensor, which: int) -> torch.Tensor:
@@ -20,46 +20,49 @@ def dihedral(image: torch.Tensor, which: int) -> torch.Tensor:
 
 # %% ../../nbs/lib/training/40_augment.ipynb #b4eee6bc
 def draw_crops(
-    pairs: Pairs,
+    pairs: PairBatch,
     step: int,
     seed: int,
     size: int = 8,              # crops a batch
     crop_px: int = 64,          # side of a crop on the target's grid
-) -> dict:                      # target (B,1,c,c), condition (B,C,c/scale,c/scale), prompts
-    "Random crops of random pairs, turned at random; a pure function of (pairs, seed, step)."
-    rng, s = make_rng(seed, "batch", step), pairs.scale
-    crop = min(crop_px // s, *pairs.condition.shape[-2:])
+) -> dict:                      # target (B,1,[D,]c,c), condition (B,C,[d,]c/scale,c/scale), prompts
+    "Random crops of random pairs, flipped and rotated at random; a pure function of (pairs, seed, step)."
+    rng, scales, room = make_rng(seed, "batch", step), pairs.scales, pairs.condition.shape[2:]
+    side = min(crop_px // pairs.scale, *room[-2:])
+    sides = [min(crop_px // s, n) for s, n in zip(scales[:-2], room[:-2])] + [side, side]
     targets, conditions, prompts = [], [], []
     for i in rng.choice(len(pairs), size, replace=len(pairs) < size):
-        y, x = (int(rng.integers(n - crop + 1)) for n in pairs.condition.shape[-2:])
+        starts = [int(rng.integers(n - part + 1)) for n, part in zip(room, sides)]
         which = int(rng.integers(8))
-        conditions.append(dihedral(pairs.condition[i, :, y:y + crop, x:x + crop], which))
-        targets.append(dihedral(pairs.target[i, :, s * y:s * (y + crop), s * x:s * (x + crop)], which))
+        small = tuple(slice(at, at + part) for at, part in zip(starts, sides))
+        large = tuple(slice(s * at, s * (at + part)) for s, at, part in zip(scales, starts, sides))
+        conditions.append(dihedral(pairs.condition[i][(slice(None), *small)], which))
+        targets.append(dihedral(pairs.target[i][(slice(None), *large)], which))
         prompts.append(pairs.prompts[i])
     return {"target": torch.stack(targets), "condition": torch.stack(conditions), "prompts": prompts}
 
 # %% ../../nbs/lib/training/40_augment.ipynb #63eea489
 def draw_crop(
-    images: dict,                   # of `open_images`
+    images: dict,                   # prompt -> tensors (1,H,W)
     size: int,
     rng: np.random.Generator,
 ) -> tuple[torch.Tensor, str]:      # (1, size, size) float32, its prompt
-    "A crop of a random image of a random structure, turned at random."
+    "A crop of a random image of a random structure, flipped and rotated at random."
     prompt = list(images)[int(rng.integers(len(images)))]
-    picture = images[prompt][int(rng.integers(len(images[prompt])))]
+    image = images[prompt][int(rng.integers(len(images[prompt])))]
     for _ in range(4):                                              # most of a field may be empty
-        y, x = (int(rng.integers(n - size + 1)) for n in picture.shape[1:])
-        crop = picture[:, y:y + size, x:x + size].float()
+        y, x = (int(rng.integers(n - size + 1)) for n in image.shape[1:])
+        crop = image[:, y:y + size, x:x + size].float()
         if crop.mean() > 0.03:
             break
     return dihedral(crop, int(rng.integers(8))), prompt
 
-# %% ../../nbs/lib/training/40_augment.ipynb #9e36eb9e
+
 def crop_and_expose(target: torch.Tensor, rng: np.random.Generator, size_px: int = 64) -> torch.Tensor:
     "Random square crops, flipped and rotated at random, half of them at a random exposure between 0.4 and 1."
-    pictures = []
-    for picture in target:
-        y, x = (int(rng.integers(picture.shape[-1] - size_px + 1)) for _ in range(2))
+    crops = []
+    for image in target:
+        y, x = (int(rng.integers(image.shape[-1] - size_px + 1)) for _ in range(2))
         exposure = 1.0 if rng.random() < 0.5 else rng.uniform(0.4, 1.0)
-        pictures.append(dihedral(picture[:, y:y + size_px, x:x + size_px], int(rng.integers(8))) * exposure)
-    return torch.stack(pictures)
+        crops.append(dihedral(image[:, y:y + size_px, x:x + size_px], int(rng.integers(8))) * exposure)
+    return torch.stack(crops)
