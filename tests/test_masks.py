@@ -15,7 +15,7 @@ from fluogen.models.zoo import load_weights, save_weights
 from fluogen.datasets.pairs import MASK_NORM, PairBatch, gather_tiles, read_mask_pair
 from fluogen.metrics.segmentation import measure_following, overlap
 from fluogen.training.fit import MASK_CONFIG
-from fluogen.training.learners import MaskLearner
+from fluogen.training.learners import MaskLearner, build_learner
 from fluogen.tasks.finetune import FinetuneError, find_mask_alarm, finetune
 from fluogen.tasks.restore import restore_image
 from fluogen.tasks.restore import RestoreError, RestoreSettings
@@ -222,3 +222,15 @@ def test_alarms():
     assert "taught nothing" in find_mask_alarm(0.1, 0.1, 0.9, 0.9)
     assert "do not follow" in find_mask_alarm(0.1, 0.05, 0.3, 0.8)
     assert find_mask_alarm(0.1, 0.05, 0.6, 0.8) == ""
+
+
+def test_two_runs_begin_with_the_same_branch_whatever_was_drawn_before():
+    weights, branches = make_weights(), []
+    weights.config["task"] = "generate"
+    for before, seed in ((0, 0), (1, 0), (0, 1)):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        branches.append(build_learner(weights, "mask2image", seed=seed).modules["control"].state_dict())
+        assert torch.equal(torch.get_rng_state(), state)                            # nobody else's numbers change
+    same = [all(torch.equal(branches[0][key], other[key]) for key in other) for other in branches[1:]]
+    assert same == [True, False]

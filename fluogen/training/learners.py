@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import FluogenError, hash_array, make_generator, to_model, to_unit
+from ..core import FluogenError, derive_seed, hash_array, make_generator, to_model, to_unit
 from ..preprocessing.anscombe import NORM_ANSCOMBE, keep_low_frequencies
 from ..preprocessing.labels import LABEL_NORMS
 from ..datasets.pairs import MASK_NORM, PairBatch
@@ -145,7 +145,9 @@ class MaskLearner(ControlLearner):
     def __init__(self, weights, norm: str = MASK_NORM, frozen: bool = False, prompt_dropout: float = 0.5, seed: int = 0):
         own = weights.config.get("norm") == norm and "control" in weights.modules
         config = None if own else ControlConfig.from_backbone(weights.backbone.config, condition_channels=LABEL_NORMS[norm], scale=1)
-        super().__init__(weights, frozen, config, prompt_dropout=prompt_dropout)
+        with torch.random.fork_rng(devices=[]):         # modules draw their first weights from the global generator
+            torch.default_generator.manual_seed(derive_seed(seed, "mask branch"))
+            super().__init__(weights, frozen, config, prompt_dropout=prompt_dropout)
 
     @torch.no_grad()
     def validation_loss(self, modules, pairs: PairBatch, times: int = 4, batch: int = 8) -> float:
