@@ -11,7 +11,7 @@ from toys import PROMPTS, make_weights
 
 from fluogen.models.controlnet import ControlConfig
 from fluogen.training.trainer import load_state as load_trained
-from fluogen.datasets.pairs import UnusablePairError, PairBatch
+from fluogen.datasets.pairs import PairBatch, UnusablePairError, cut_pair
 from fluogen.training.augment import draw_crops
 from fluogen.training.fit import FitConfig, fit
 from fluogen.training.learners import ControlLearner, DirectLearner, Learner, NetworkLearner, validation_psnr
@@ -60,6 +60,37 @@ def test_pairs_that_do_not_match():
     assert pairs.scale == 2 and len(pairs) == 4 and len(set(pairs.groups)) == 4
     some = pairs.take([2, 0])
     assert some.prompts == ["c", "a"] and some.groups == ["2", "0"] and torch.equal(some.target[1], fine[0])
+
+
+@pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2), (1, 1, 1)])
+def test_a_z_stack_fits(factors):
+    deep = torch.rand(3, 1, 8, 24, 32, generator=torch.Generator().manual_seed(0))
+    stacks = PairBatch(deep, F.avg_pool3d(deep, factors), [""] * 3, ["a", "a", "b"])
+    assert (stacks.axes, stacks.scales, stacks.scale, len(stacks)) == ("ZYX", factors, factors[-1], 3)
+    assert stacks.take([2]).groups == ["b"] and not stacks.own_groups and torch.equal(stacks.to("cpu").target, deep)
+    joined = PairBatch.join([stacks, stacks.take([2])])
+    assert joined.groups == ["a", "a", "b", "b"] and joined.condition.shape[0] == 4
+    for step in range(8):
+        batch = draw_crops(stacks, step, 0, 4, 16)
+        assert batch["target"].shape == (4, 1, 8, 16, 16) and torch.allclose(F.avg_pool3d(batch["target"], factors), batch["condition"], atol=1e-6)
+    for big, small in cut_pair(stacks.target[0], stacks.condition[0], 16):
+        assert big.shape == (1, 8, 16, 16) and torch.allclose(F.avg_pool3d(big, factors), small, atol=1e-6)
+    assert len(cut_pair(stacks.target[0], stacks.condition[0], 4)) == 2 * 6 * 8
+    with pytest.raises(UnusablePairError, match="whole multiple"):
+        PairBatch(deep, stacks.condition[:, :, :, :5], [""] * 3)
+    with pytest.raises(UnusablePairError, match="whole multiple"):
+        PairBatch(deep, stacks.condition[:, :, 0], [""] * 3)
+    with pytest.raises(UnusablePairError, match="not a batch of images"):
+        PairBatch(deep[:, 0, 0], None, [""] * 3)
+
+
+def test_groups_that_nobody_stated_are_named_by_structure_and_number_and_counted_anew():
+    fine = torch.rand(3, 1, 8, 8)
+    batch = PairBatch(fine, None, [""] * 3, structures=["er", "er", "cocci"])
+    assert batch.own_groups and batch.axes == "YX" and batch.scales == (1, 1) and batch.groups == ["er-0", "er-1", "cocci-2"]
+    assert batch.take([2, 0]).groups == ["cocci-2", "er-0"] and batch.take([2, 0]).own_groups and len(batch.take([])) == 0
+    assert PairBatch.join([batch, batch]).groups == ["er-0", "er-1", "cocci-2", "er-3", "er-4", "cocci-5"]
+    assert not PairBatch(fine, None, [""] * 3, list("abc")).own_groups
 
 
 # ---- batches

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from fluogen.cli.main import main
 from fluogen.core import FluogenError
 from fluogen.io.image import read_image, write_image
 from fluogen.simulation.pairs import simulate_pairs
+from fluogen.datasets.record import ManifestError, Record
 from fluogen.datasets.registry import load_dataset
 from fluogen.models.zoo import load_weights
 from fluogen.training import fit as fitting
@@ -27,9 +29,11 @@ from fluogen.datasets.pairs import PairBatch
 from fluogen.training.fit import WISE_FT_WEIGHTS, choose_wise_ft_weight, fit, interpolate_weights
 from fluogen.training.learners import DirectLearner
 from fluogen.training.peft import peft_name
-from fluogen.datasets.pairs import UnusablePairError, cut_pair, find_camera, read_noise, read_pairs
+from fluogen.datasets.pairs import UnusablePairError, cut_pair, find_camera, read_noise, read_pairs, stated_rule
 from fluogen.tasks.finetune import MAX_VALIDATION, FinetuneError, find_alarm, finetune, set_profile, split_pairs
+from fluogen.tasks.intervals import measured_unit, read_field, read_fields
 from fluogen.tasks.restore import RestoreSettings, fill_camera
+from counts import files_opened
 from toys import make_weights, save_toy
 
 SHORT = replace(TUNE_CONFIG, steps=4, batch=2, crop_px=32, validate_every=2, precision="fp32")
@@ -327,3 +331,116 @@ def test_the_default_way_of_tuning_is_the_best_that_was_measured():
     from fluogen.models.zoo import find_record
     best = fig5b.best_tuning(find_record("bench-pairs"))
     assert peft_name({"fluogen": "all"}.get(best, best)) == inspect.signature(finetune).parameters["peft"].default
+
+
+# ---- what a manifest states is obeyed or refused
+
+def state(manifest, **keys):
+    "Every row of a manifest with these keys."
+    lines = [json.loads(line) | keys for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return manifest
+
+
+def test_four_norms_give_four_tensors(tmp_path):
+    manifest, stated = write_manifest(tmp_path, [((32, 32), 2, "a"), ((32, 32), 2, "b")]), {}
+    plain, _ = read_pairs(manifest)
+    for norm, bits in (("dtype", 12), ("minmax", None), ("range:200,3000", None), ("percentile:5,95", None), ("percentile:0.1,99.9", None)):
+        stated[norm], notes = read_pairs(state(manifest, norm=norm, bits=bits))
+        assert notes == []
+    for side in ("target", "condition"):
+        tensors = [getattr(pairs, side) for pairs in stated.values()]
+        assert torch.equal(tensors.pop(), getattr(plain, side))                     # the weights' own rule changes nothing
+        assert all(not torch.equal(one, other) for i, one in enumerate(tensors) for other in tensors[:i])
+    counts = read_image(tmp_path / "lr0.tif").array
+    np.testing.assert_allclose(stated["dtype"].condition[0, 0], counts / 4095, rtol=1e-6)
+    np.testing.assert_allclose(stated["range:200,3000"].condition[0, 0], np.clip((counts - 200.0) / 2800, 0, 1), atol=1e-6)
+    state(manifest, norm="dtype", bits=None)
+    np.testing.assert_allclose(read_pairs(manifest)[0].condition[0, 0], counts / 65535, rtol=1e-6)
+
+
+@pytest.mark.parametrize("keys, key, says", [
+    ({"norm": "range:70000,80000"}, "norm", "leaves nothing of the image"), ({"bits": 8}, "bits", "above the stated bits"),
+    ({"norm": "dtype", "bits": 10}, "bits", "at most 1023")])
+def test_keys_that_do_not_fit_the_pixels_are_refused(tmp_path, keys, key, says):
+    manifest = state(write_manifest(tmp_path, [((32, 32), 2, "a"), ((32, 32), 2, "b")]), **keys)
+    with pytest.raises(ManifestError, match=says) as caught:
+        read_pairs(manifest)
+    assert f"manifest.jsonl:1:{key}" in str(caught.value) and f"Drop the key {key}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_floating_point_images_without_a_range_are_refused_where_dtype_is_stated(tmp_path):
+    manifest = state(write_manifest(tmp_path, [((32, 32), 2, "a"), ((32, 32), 2, "b")]), norm="dtype")
+    write_image(tmp_path / "lr0.tif", np.random.default_rng(0).uniform(0, 900, (32, 32)).astype(np.float32))
+    with pytest.raises(ManifestError, match="manifest.jsonl:1:norm.*range:lo,hi, or drop the key norm"):
+        read_pairs(manifest)
+
+
+@pytest.mark.parametrize("weights_norm, expected", [("stabilise", "dtype"), ("labels:binary", "percentile:0.1,99.9")])
+def test_a_norm_that_the_weights_cannot_use_is_refused(weights_norm, expected):
+    for norm in ("minmax", "range:0,900", "percentile:2,98", "dtype", "percentile:0.1,99.9"):
+        record = Record("a.tif", norm=norm, where="pairs.jsonl:7")
+        if norm == expected:
+            assert stated_rule(record, weights_norm) == weights_norm
+            continue
+        with pytest.raises(ManifestError, match=r"pairs.jsonl:7:norm.*Drop the key norm") as caught:
+            stated_rule(record, weights_norm)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_remember_the_norm_of_their_pairs(tmp_path):
+    save_toy(tmp_path / "toy")
+    manifest, said = state(write_manifest(tmp_path, [((32, 32), 2, f"cell{i}") for i in range(4)]), norm="range:0,5000"), []
+    call = dict(base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, config=SHORT, device="cpu", log=said.append, progress=False)
+    finetune(manifest, "mine", **call)
+    weights = load_weights(str(tmp_path / "mine"))
+    assert weights.config["norm"] == "range:0,5000"
+    assert torch.equal(measured_unit(read_image(tmp_path / "lr0.tif").array, weights), read_pairs(manifest)[0].condition[0])
+    lines = manifest.read_text().replace("range:0,5000", "minmax", 1)
+    manifest.write_text(lines)
+    finetune(manifest, "mixed", **call)
+    assert load_weights(str(tmp_path / "mixed")).config["norm"] == "percentile:0.1,99.9" and any("2 different norms" in line for line in said)
+    field = load_dataset(manifest)[1]
+    assert read_field(field, weights).counts.shape == (32, 32)
+    with pytest.raises(ManifestError, match=r"manifest.jsonl:1:norm.*fluogen restore shows images otherwise.*Drop the key norm"):
+        list(read_fields(manifest, load_weights(str(tmp_path / "toy")), log=said.append))
+
+
+# ---- read once
+
+def mask_files(folder):
+    import test_masks
+    test_masks.save_prior(folder / "toy")
+    return test_masks.write_manifest(folder)
+
+
+def noisy_pairs(folder):
+    import test_denoise
+    test_denoise.save_denoiser(folder / "toy")
+    return test_denoise.noisy_files(folder)
+
+
+def sharp_pairs(folder):
+    save_toy(folder / "toy")
+    return write_manifest(folder, [((32, 32), 2, f"cell{i}") for i in range(5)])
+
+
+@pytest.mark.parametrize("task, make", [("sr", sharp_pairs), ("denoise", noisy_pairs), ("mask2image", mask_files)])
+def test_a_manifest_is_parsed_once_and_a_file_decoded_once(tmp_path, monkeypatch, task, make):
+    from fluogen.datasets import registry
+    from fluogen.io import image
+    manifest, parsed = make(tmp_path), []
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[4]["split"] = "test"
+    lines.append(lines[0] | {"text": "Microtubules of HeLa"})                        # one pair named twice
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    decoded, finish, parse = Counter(), image._finish, registry.read_manifest
+    monkeypatch.setattr(image, "_finish", lambda path, *rest: decoded.update([Path(path).name]) or finish(path, *rest))
+    monkeypatch.setattr(registry, "read_manifest", lambda path, *rest, **more: parsed.append(path) or parse(path, *rest, **more))
+    with files_opened() as opened:
+        finetune(manifest, "mine", task=task, base=str(tmp_path / "toy"), work=tmp_path / "work", out=tmp_path, device="cpu",
+                 config=SHORT, log=lambda line: None, progress=False)
+    kept = {Path(name).name for line in lines[:4] for name in (line["image"], line["conditioning_image"])}
+    assert decoded == Counter(kept | {Path(lines[4]["conditioning_image"]).name})    # of the split test the input alone, to know its copies
+    assert sum(name.endswith(".tif") for name in opened) == len(decoded)
+    assert len(parsed) == 1 == sum(name == str(manifest) for name in opened)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORM_PERCENTILE', 'MASK_NORM', 'TILE_PX', 'UnusablePairError', 'PairBatch', 'target_rule', 'stated_rule',
-           'scale_plane', 'open_pair', 'check_plane', 'read_pair', 'find_jpeg', 'match_scale', 'judge_noisy_pair',
-           'check_aligned', 'show_pair', 'read_noise', 'read_noisy_pair', 'find_camera', 'read_mask_pair', 'cut_pair',
-           'ReadOnce', 'read_pairs', 'gather_tiles']
+           'check_bits', 'scale_plane', 'open_pair', 'check_plane', 'read_pair', 'find_jpeg', 'match_scale',
+           'judge_noisy_pair', 'check_aligned', 'show_pair', 'read_noise', 'read_noisy_pair', 'find_camera',
+           'read_mask_pair', 'cut_pair', 'ReadOnce', 'read_pairs', 'gather_tiles']
 
 # %% ../../nbs/lib/datasets/95_pairs.ipynb #46fb3d07
 from collections import Counter
@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, hash_array
+from ..io.files import ImageReadError
 from ..io.image import Image, read_plane
 from ..preprocessing.anscombe import NORM_ANSCOMBE, anscombe_input
 from ..preprocessing.labels import LABEL_NORMS, show_labels
 from ..preprocessing.noise import (
     NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair)
-from ..preprocessing.normalize import parse_rule, scale_to_unit
+from ..preprocessing.normalize import parse_norm, parse_rule, scale_to_unit
 from ..preprocessing.registration import measure_shift
 from .image_stats import (
     BLOCKS, NOISIER, SHIFT_PX, are_strangers, make_thumbnail, measure_blocks, noise_ratio, snr_correlation)
@@ -114,13 +115,43 @@ def target_rule(rule: str) -> str:
 
 
 def stated_rule(record, norm: str = NORM_PERCENTILE) -> str:
-    "The rule that a record's images are scaled by: that of the weights."
-    return norm
+    "The rule that a record's images are scaled by: its own, else `norm` of the weights. Raises `ManifestError` where the weights need another."
+    if record.norm is None:
+        return norm
+    kind, _, _ = parse_norm(record.norm)
+    rule = {"minmax": "percentile:0,100", "dtype": f"range:0,{2**(record.bits or 0) - 1}" if record.bits else "dtype"}.get(kind, record.norm)
+    if norm == NORM_ANSCOMBE and kind != "dtype":
+        raise ManifestError("denoising takes counts as they are stored", where=f"{record.where}:norm", found=record.norm, expected="dtype",
+                            hint="Drop the key norm.")
+    if norm in LABEL_NORMS and parse_rule(rule) != parse_rule(NORM_PERCENTILE):
+        raise ManifestError(f"masks are shown as {norm}, their images by percentiles", where=f"{record.where}:norm", found=record.norm,
+                            expected=NORM_PERCENTILE, hint="Drop the key norm.")
+    fixed = norm == NORM_ANSCOMBE or norm in LABEL_NORMS or parse_rule(rule) == parse_rule(norm)
+    return norm if fixed else rule
+
+
+def check_bits(record, *images: Image) -> None:
+    "Raise `ManifestError` for an image with pixel values that the stated bits cannot hold."
+    for image in images:
+        if record.bits and (top := image.array.max()) >= 2**record.bits:
+            raise ManifestError("pixel values above the stated bits", where=f"{record.where}:bits", found=f"{top} in {image.path}",
+                                expected=f"at most {2**record.bits - 1}", hint="Drop the key bits, or state those of the camera.")
 
 
 def scale_plane(record, image: Image, rule: str) -> np.ndarray:
-    "(H,W) float32 in [0,1]."
-    return scale_to_unit(image.array, rule, clip=True)[0]
+    "(H,W) float32 in [0,1]. Raises `ManifestError` for a stated norm that does not fit the pixels."
+    if record.norm is None:
+        return scale_to_unit(image.array, rule, clip=True)[0]
+    low, high = image.array.min(), image.array.max()
+    try:
+        unit, _ = scale_to_unit(image.array, rule, clip=True)
+    except ImageReadError as error:
+        raise ManifestError(error.what, where=f"{record.where}:norm", found=f"{record.norm}, pixels {low:g} to {high:g} in {image.path}",
+                            hint="State range:lo,hi, or drop the key norm.") from None
+    if unit.min() == unit.max():
+        raise ManifestError("a norm that leaves nothing of the image", where=f"{record.where}:norm",
+                            found=f"{record.norm}, pixels {low:g} to {high:g} in {image.path}", hint="Drop the key norm.")
+    return unit
 
 # %% ../../nbs/lib/datasets/95_pairs.ipynb #1c81c2fc
 TILE_PX = 128           # largest side of a tile, target grid
@@ -160,6 +191,7 @@ def read_pair(
                                 found=f"{condition.array.shape} and {target.array.shape}",
                                 hint="Noisy and clean of one size: --task denoise."
                                 if condition.array.shape == target.array.shape else "Bin or crop the target to fit.")
+    check_bits(record, target, condition)
     truth, measured = scale_plane(record, target, target_rule(rule)), scale_plane(record, condition, rule)
     said = (record.pixel_um, target.pixel_um, record.extra.get("conditioning_pixel_um"), condition.pixel_um)     # the manifest's word first
     sizes = [size.get("X") if isinstance(size, dict) else size for size in said]
@@ -241,6 +273,7 @@ def read_noisy_pair(
     stated_rule(record, NORM_ANSCOMBE)
     clean, noisy = images or open_pair(record)
     judge_noisy_pair(noisy.array, clean.array, noisy.path)
+    check_bits(record, clean, noisy)
     try:
         noise, said = read_noise(noisy.array, clean.array)
     except NoiseError as error:
@@ -269,6 +302,7 @@ def read_mask_pair(
     stated_rule(record, norm)
     image, mask = images or open_pair(record)
     check_plane(image)
+    check_bits(record, image)
     shown = show_labels(mask.array, norm, mask.path)
     if mask.array.shape != image.array.shape:
         raise UnusablePairError("image and mask differ in size", where=mask.path, found=f"{image.array.shape} and {mask.array.shape}")
