@@ -87,9 +87,9 @@ class PairBatch:
 
     def take(self, rows) -> "PairBatch":
         "Some of the pairs, in the order given; a row may be taken twice."
-        rows = [int(i) for i in rows]
-        return replace(self, **{name: value[torch.as_tensor(rows, dtype=torch.long, device=value.device)] if isinstance(value, torch.Tensor)
-                                else [value[i] for i in rows] for name, value in vars(self).items() if name != "own_groups" and value is not None})
+        rows = torch.as_tensor([int(i) for i in rows], dtype=torch.long)
+        return replace(self, **{name: value[rows.to(value.device)] if isinstance(value, torch.Tensor) else [value[i] for i in rows]
+                                for name, value in vars(self).items() if name != "own_groups" and value is not None})
 
     def to(self, device) -> "PairBatch":
         "The same pairs on a device."
@@ -100,8 +100,9 @@ class PairBatch:
         "Several batches as one; groups that nobody stated are counted anew."
         columns = {name: [getattr(part, name) for part in parts] for name, value in vars(parts[0]).items()
                    if name != "own_groups" and value is not None and not (name == "groups" and parts[0].own_groups)}
-        return cls(**{"condition": None} | {name: torch.cat(some) if isinstance(some[0], torch.Tensor) else [v for one in some for v in one]
-                                            for name, some in columns.items()})
+        joined = {name: torch.cat(some) if isinstance(some[0], torch.Tensor) else [value for one in some for value in one]
+                  for name, some in columns.items()}
+        return cls(**{"condition": None} | joined)
 
 # %% ../../nbs/lib/datasets/95_pairs.ipynb #a1d90c06
 NORM_PERCENTILE = "percentile:0.1,99.9"     # how super-resolution weights are shown an image
@@ -115,11 +116,12 @@ def target_rule(rule: str) -> str:
 
 
 def stated_rule(record, norm: str = NORM_PERCENTILE) -> str:
-    "The rule that a record's images are scaled by: its own, else `norm` of the weights. Raises `ManifestError` where the weights need another."
+    "How a record's images are scaled: its own rule, else `norm` of the weights. Raises `ManifestError` where the weights need another."
     if record.norm is None:
         return norm
     kind, _, _ = parse_norm(record.norm)
-    rule = {"minmax": "percentile:0,100", "dtype": f"range:0,{2**(record.bits or 0) - 1}" if record.bits else "dtype"}.get(kind, record.norm)
+    as_stored = f"range:0,{2**record.bits - 1}" if record.bits else "dtype"
+    rule = {"minmax": "percentile:0,100", "dtype": as_stored}.get(kind, record.norm)
     if norm == NORM_ANSCOMBE and kind != "dtype":
         raise ManifestError("denoising takes counts as they are stored", where=f"{record.where}:norm", found=record.norm, expected="dtype",
                             hint="Drop the key norm.")
@@ -284,7 +286,7 @@ def read_noisy_pair(
 
 
 def find_camera(noises: list, most: int = 8) -> tuple[float, float, float] | None:
-    "Gain, offset and read noise as `fluogen restore --camera` takes them, from `read_noise` of pairs; None where an image shows its own noise."
+    "Gain, offset and read noise as `fluogen restore --camera` takes them, from `read_noise` of pairs; None where images show theirs."
     lines = [(noise.gain, noise.intercept) for noise, said in noises[:most] if said and noise.gain > 0]
     if not lines:
         return None
@@ -311,7 +313,7 @@ def read_mask_pair(
 
 # %% ../../nbs/lib/datasets/95_pairs.ipynb #a1d90c0d
 def cut_pair(target: torch.Tensor, condition: torch.Tensor, tile_px: int) -> list[tuple]:
-    "Tiles (target, condition) of (C,[D,]H,W) that cover a pair without overlap, as far as whole tiles go; a thinner z-stack keeps its depth."
+    "Tiles (target, condition) of (C,[D,]H,W) that cover a pair without overlap, as far as whole tiles go; a thin z-stack stays whole."
     scales = [n // m for n, m in zip(target.shape[1:], condition.shape[1:])]
     parts = [tile_px // s for s in scales]
     parts = [min(part, n) for part, n in zip(parts[:-2], condition.shape[1:-2])] + parts[-2:]

@@ -72,7 +72,7 @@ def run_method(
     if not n_pairs:
         return write_json_once(folder / "result.json", lambda: {"method": method, "seed": seed, "steps": 0})
     config = replace(config or bench.methods[method].config, seed=seed)
-    if dataset != "simulated" and config.wise_ft_weight != 1:        # judged on the microscope that the pairs are from: they choose the share
+    if dataset != "simulated" and config.wise_ft_weight != 1:    # tested on the microscope that the pairs are from: they choose the weight
         config = replace(config, wise_ft_weight=None)
     pairs, validation = bench.draw_pairs(method, seed, n_pairs, dataset)
     validation = validation.take(list(range(min(len(validation), MAX_VALIDATION_TILES))))
@@ -90,7 +90,8 @@ def run_method(
     report = {
         "method": method, "seed": seed, "seconds": seconds, "seconds a step": round(step_s, 4), "steps in time": in_time,
         "steps": result.step, "best step": result.best_step, "validation dB": round(-result.best_value, 3),
-        "parameters": fitter.n_trainable, "hardware": name_hardware(next(fitter.modules.parameters()).device), "share": fitter.wise_ft_weight,
+        "parameters": fitter.n_trainable, "hardware": name_hardware(next(fitter.modules.parameters()).device),
+        "share": fitter.wise_ft_weight,
         "validations": [{"step": v["step"], "dB": round(-v["value"], 3)} for v in result.validations], "config": config.to_dict()}
     write_json(folder / "result.json", report, 1)
     return report
