@@ -20,7 +20,6 @@ from fluogen.models.text_encoder import WordEncoder
 from fluogen.diffusion.schedule import Schedule, ScheduleConfig
 from fluogen.models.cards import CARD_KEYS
 from fluogen.models.zoo import load_weights, save_weights
-from fluogen.training import fit as finetune
 from fluogen.recipes import denoising as denoise
 from fluogen.training.fit import TUNE_CONFIG
 from fluogen.experiments.baselines import hide_pixels
@@ -168,7 +167,7 @@ def test_light_of_a_sample_has_no_upper_end(tmp_path, monkeypatch):
 def test_a_sample_is_as_bright_as_the_recording_whatever_was_drawn(tmp_path):
     save_sampler(tmp_path / "toy", seed=5)
     weights, fields = load_weights(str(tmp_path / "toy")), expose(simulate_clean("nuclei", 2, 96), 200, make_rng(0, "bright"))
-    settings, fitter = RestoreSettings(samples=1, steps=2), ControlLearner(weights, light=True, passes=2)
+    settings, learner = RestoreSettings(samples=1, steps=2), ControlLearner(weights, light=True, passes=2)
     recorded = input_light(fields.condition)
     fitted = learner.restore(weights.modules, fields.condition, ["", ""])
     for i in range(2):

@@ -24,7 +24,7 @@ from ..io.files import write_json_once
 from ..io.image import read_image
 from ..preprocessing.anscombe import NORM_ANSCOMBE, anscombe_input, input_light
 from ..preprocessing.noise import NoiseError
-from ..datasets.pairs import PairBatch, Pairs, as_pairs, match_scale, read_noise, show_pair
+from ..datasets.pairs import PairBatch, match_scale, read_noise, show_pair
 from ..datasets.registry import load_dataset
 from ..simulation.camera import TEST_EXPOSURES, expose_training_levels
 from ..simulation.pairs import simulate_clean
@@ -130,7 +130,7 @@ def list_folds(source: str) -> list[set]:
     return [set(groups[k::min(9, len(groups))]) for k in range(min(9, len(groups)))]
 
 
-def _tiles(rows: list, side: int) -> Pairs:
+def _tiles(rows: list, side: int) -> PairBatch:
     "Whole tiles of rows, on the noisy image's own scale."
     targets, conditions, names = [], [], []
     for row in rows:
@@ -140,10 +140,10 @@ def _tiles(rows: list, side: int) -> Pairs:
                 targets.append(target[:, y:y + side, x:x + side])
                 conditions.append(condition[:, y:y + side, x:x + side])
                 names.append((row["prompt"], row["group"]))
-    return Pairs(torch.stack(targets), torch.stack(conditions), [prompt for prompt, _ in names], [group for _, group in names])
+    return PairBatch(torch.stack(targets), torch.stack(conditions), [prompt for prompt, _ in names], [group for _, group in names])
 
 
-def real_pairs(source: str, fold: int, n_pairs: int, side: int = 128) -> tuple[Pairs, Pairs]:
+def real_pairs(source: str, fold: int, n_pairs: int, side: int = 128) -> tuple[PairBatch, PairBatch]:
     "Tiles to train on and tiles to stop by, of the scenes that do not judge in a fold; at most n_pairs images, as many of each scene."
     folds = list_folds(source)
     rows = [row for row in real_rows(source) if row["group"] not in folds[fold % len(folds)]]
@@ -194,12 +194,12 @@ def build_denoise_learner(method: str, seed: int):
     return DirectLearner(weights, DENOISE)
 
 
-def draw_denoise_pairs(method: str, seed: int, n_pairs: int, dataset: str) -> tuple[Pairs, Pairs]:
+def draw_denoise_pairs(method: str, seed: int, n_pairs: int, dataset: str) -> tuple[PairBatch, PairBatch]:
     "What a method learns from and is stopped by: the thirty of a seed, or the scenes that do not judge in fold `seed`."
     if dataset != "simulated":
         return real_pairs(dataset, seed, n_pairs)
     made = simulate_noisy_thirty(seed, n_pairs)
-    return tuple(as_pairs(made).take(rows) for rows in split_few(made))
+    return tuple(made.take(rows) for rows in split_few(made))
 
 
 DENOISE_BENCH = Benchmark(DENOISE_METHODS, build_denoise_learner, draw_denoise_pairs)

@@ -43,7 +43,8 @@ def describe_bench(rows: list[dict], reports: list[dict], batches: dict, bases, 
     "A comparison: its rows, the fits behind them, kind -> `PairBatch` of fields, names of the weights that were begun with."
     return {**more, "bases": [load_weights(name).id for name in sorted(set(bases) - {None})], "fits": reports, "rows": rows,
             "fields": {kind: batch.structures for kind, batch in batches.items()},
-            "groups": {kind: batch.groups for kind, batch in batches.items()}, "torch": torch.__version__.split("+")[0]}
+            "groups": {kind: None if batch.own_groups else batch.groups for kind, batch in batches.items()},
+            "torch": torch.__version__.split("+")[0]}
 
 
 def ship_fit(folder: Path, fitter, report: dict, about: dict, card: dict, packing: dict) -> Path:

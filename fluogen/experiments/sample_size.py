@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..core import derive_seed, make_rng
 from ..io.files import write_json_once
-from ..datasets.pairs import PairBatch, Pairs, as_pairs
+from ..datasets.pairs import PairBatch
 from ..simulation.camera import TEST_EXPOSURES, expose
 from ..simulation.microscopes import HELD_OUT, OpticsRange
 from ..simulation.pairs import simulate_clean
@@ -37,7 +36,7 @@ FEW_PAIRS = (2, 5, 10, 30)                                    # where the ways o
 CURVE_CONFIG = replace(BENCH_CONFIG, steps=600)
 TUNED = replace(TUNE_CONFIG, steps=600)
 SAMPLE_SIZE_METHODS = {"fluogen": Method("nano-denoise", TUNED), "norms": Method("nano-denoise", replace(TUNED, lr=1e-3)),
-           "low-rank": Method("nano-denoise", replace(TUNED, lr=1e-3, blend=1.0)), "anchored": Method("nano-denoise", TUNED),
+           "low-rank": Method("nano-denoise", replace(TUNED, lr=1e-3, wise_ft_weight=1.0)), "anchored": Method("nano-denoise", TUNED),
            "scratch": Method("fluogen-nano", CURVE_CONFIG), "care": Method(config=CURVE_CONFIG),
            "untuned": Method("nano-denoise", n_pairs=0)}
 LONG = tuple(f"{name}-long" for name in ("fluogen", "scratch", "care"))
@@ -64,16 +63,14 @@ def laboratory_pairs(seed: int, n: int, purpose: str = "pairs") -> PairBatch:
     for start in range(0, n, SERIES):
         clean = simulate_clean(prompt, SERIES, 128, seed=derive_seed(seed, purpose, start), split="test", optics=optics)
         parts.append(expose(clean, photons, make_rng(seed, purpose, "exposure", start)).take(range(min(SERIES, n - start))))
-    columns = {name: [getattr(part, name) for part in parts] for name, value in vars(parts[0]).items() if value is not None}
-    return PairBatch(**{name: torch.cat(some) if isinstance(some[0], torch.Tensor) else [v for one in some for v in one]
-                        for name, some in columns.items()})
+    return PairBatch.join(parts)
 
 
-def draw_sample_size_pairs(method: str, seed: int, n_pairs: int, dataset: str = "simulated") -> tuple[Pairs, Pairs]:
+def draw_sample_size_pairs(method: str, seed: int, n_pairs: int, dataset: str = "simulated") -> tuple[PairBatch, PairBatch]:
     "What a method learns from and is stopped by, in one laboratory."
     made = laboratory_pairs(seed, n_pairs)
     training, held = split_few(made)
-    return as_pairs(made).take(training), as_pairs(made).take(held[:12])
+    return made.take(training), made.take(held[:12])
 
 
 def build_sample_size_learner(method: str, seed: int):

@@ -23,7 +23,7 @@ import torch
 from ..core import FluogenError, derive_seed, make_rng
 from ..io.files import write_json_once
 from ..io.image import read_image
-from ..datasets.pairs import PairBatch, Pairs, as_pairs
+from ..datasets.pairs import PairBatch
 from ..datasets.registry import load_dataset
 from ..simulation.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..simulation.optics import make_psf
@@ -58,10 +58,10 @@ def simulate_thirty(seed: int, n_pairs: int = 30, size_px: int = 128, raw_frames
 
 def split_thirty(made: PairBatch) -> tuple[list[int], list[int]]:
     "Rows to train on and rows to stop by: about one in five of each structure, whole groups."
-    groups, held = made.groups or list(range(len(made))), []
+    groups, held = made.groups, []
     for structure in sorted(set(made.structures)):
         rows = [i for i, s in enumerate(made.structures) if s == structure]
-        if made.groups is None:
+        if made.own_groups:
             held += rows[2::5]
             continue
         sizes = sorted({groups[i] for i in rows}, key=lambda g: (sum(groups[i] == g for i in rows), str(g)))
@@ -136,11 +136,11 @@ def make_thirty(seed: int, n_pairs: int = 30, dataset: str = "simulated", size_p
     return degrade_thirty(dataset, seed, n_pairs, size_px)
 
 
-def draw_thirty(seed: int, n_pairs: int = 30, dataset: str = "simulated", raw_frames: bool = False) -> tuple[Pairs, Pairs]:
+def draw_thirty(seed: int, n_pairs: int = 30, dataset: str = "simulated", raw_frames: bool = False) -> tuple[PairBatch, PairBatch]:
     "Training and validation pairs, four fifths and one fifth, sharing no scene and no cell."
     made = make_thirty(seed, n_pairs, dataset, raw_frames=raw_frames)
     train_rows, held = split_thirty(made)
-    return as_pairs(made).take(train_rows), as_pairs(made).take(held)
+    return made.take(train_rows), made.take(held)
 
 
 def draw_fields(
@@ -247,7 +247,7 @@ def classical_methods(seed: int = 0, dataset: str = "simulated") -> dict:
     "name -> callable (PairBatch) -> (B,H,W): bicubic and Richardson-Lucy, tuned on the thirty pairs of a seed."
     made = make_thirty(seed, dataset=dataset)
     train_rows, held = split_thirty(made)
-    pairs, validation = as_pairs(made).take(train_rows), as_pairs(made).take(held)
+    pairs, validation = made.take(train_rows), made.take(held)
     bicubic = Bicubic().fit(pairs.condition, pairs.target)
     psfs = lambda batch, rows: [make_psf(batch.setups[i].optics) for i in rows]
     tuned = tune_deconvolution(validation.condition, validation.target, psfs(made, held))
@@ -280,7 +280,7 @@ def score_sr_method(method: str, seed: int, folder, fields: dict) -> list[dict]:
     for which in ("best", "in_time"):
         if which == "in_time" and (method not in SR_LEARNED or not (Path(folder) / "in_time.safetensors").is_file()):
             continue
-        real = any(batch.groups for batch in fields.values())                           # as `fluogen finetune` would keep it
+        real = not all(batch.own_groups for batch in fields.values())                       # as `fluogen finetune` would keep it
         fitter = pack_round_trip(load_method(method, seed, folder, SR_BENCH, which), sr_packing(method) | ({"rank": None} if real else {}))
         for kind, batch in fields.items():
             for way, options in list_ways(method, kind).items():

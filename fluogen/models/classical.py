@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import FluogenError
 from ..preprocessing.anscombe import anscombe_inverse
-from ..datasets.pairs import Pairs
+from ..datasets.pairs import PairBatch
 from ..metrics.restoration import fit_linear
 from .baselines import upsample_bicubic
 
@@ -141,7 +141,7 @@ def denoise_nlm(
     return torch.from_numpy(np.stack(found)[:, None]).to(condition)
 
 
-def tune_nlm(pairs: Pairs, strengths=(0.4, 0.6, 0.8, 1.0)) -> float:
+def tune_nlm(pairs: PairBatch, strengths=(0.4, 0.6, 0.8, 1.0)) -> float:
     "The strength with the highest mean PSNR on pairs."
     psnr = lambda s: float(-10 * (denoise_nlm(pairs.condition, s) - pairs.target).square().mean((1, 2, 3)).log10().mean())
     return max(strengths, key=psnr)

@@ -93,11 +93,15 @@ def pick_caption(
 
 def drop_prompts(
     texts: list[str],
-    rng: np.random.Generator,
+    generator,                      # of NumPy or of torch; not asked at rate 0
     rate: float = 0.2,              # fraction of prompts replaced by the empty one
 ) -> list[str]:
-    "Prompt dropout. Source: FluoGen's training script (Bernoulli 0.2)."
-    return ["" if drop else t for t, drop in zip(texts, rng.random(len(texts)) < rate)]
+    "Prompt dropout: weights must also work without a prompt. Source: FluoGen's training script (Bernoulli 0.2)."
+    if not rate:
+        return texts
+    drawn = (torch.rand(len(texts), generator=generator, device=generator.device) if isinstance(generator, torch.Generator)
+             else generator.random(len(texts)))
+    return ["" if drop else text for text, drop in zip(texts, (drawn < rate).tolist())]
 
 # %% ../../nbs/lib/models/30_text_encoder.ipynb #dbd85633
 class ClipEncoder:

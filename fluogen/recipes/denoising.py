@@ -14,7 +14,7 @@ import torch
 
 from ..core import choose_device, derive_seed, make_rng
 from ..preprocessing.anscombe import NORM_ANSCOMBE, input_light
-from ..datasets.pairs import Pairs
+from ..datasets.pairs import PairBatch
 from ..simulation.camera import EXPOSURES, TEST_EXPOSURES, expose, expose_training_levels
 from ..simulation.microscopes import HELD_OUT, TRAIN
 from ..simulation.pairs import simulate_clean
@@ -40,7 +40,7 @@ def denoise_batch(step: int, seed: int, crops: int, rounds: SceneStream) -> dict
     made = [expose_training_levels(part.take(rng.choice(len(part), k, replace=k > len(part))), rng)
             for part, k in zip(rounds.at(step), (crops - crops // 2, crops // 2))]
     join = lambda name: torch.cat([getattr(part, name) for part in made])
-    return draw_crops(Pairs(join("target"), join("condition"), [p for part in made for p in part.prompts]), step, seed, crops, 64)
+    return draw_crops(PairBatch(join("target"), join("condition"), [p for part in made for p in part.prompts]), step, seed, crops, 64)
 
 # %% ../../nbs/lib/recipes/40_denoising.ipynb #7f4d8798
 def psnr_light(restored: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

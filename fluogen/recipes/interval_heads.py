@@ -27,9 +27,9 @@ from ..diffusion.direct import restore_direct
 from ..models.cards import describe_licence, facts_of, training_facts
 from ..models.quantile_heads import (
     HeadsConfig, QuantileHeads, direct_heads_loss, noise_scale, velocity_heads_loss)
+from ..models.text_encoder import drop_prompts
 from ..models.zoo import Weights, load_weights, save_weights
 from ..training.augment import dihedral
-from ..training.learners import drop_some
 from ..training.optim import TrainConfig
 from ..training.trainer import load_state as load_trained, train
 from ..uncertainty.calibration import CalibrationError, save_calibration
@@ -61,7 +61,7 @@ class HeadsLearner:
     def loss(self, modules, batch, generator):
         "Pinball loss of a batch; features come without a gradient, heads compute in full precision."
         with torch.no_grad():
-            states = self.weights.prompts.encode(drop_some(batch["prompts"], self.prompt_dropout, generator))
+            states = self.weights.prompts.encode(drop_prompts(batch["prompts"], generator, self.prompt_dropout))
             features, *given = self.look(batch, states, generator)
         loss = velocity_heads_loss if self.kind == "velocity" else direct_heads_loss
         with torch.autocast(features.device.type, enabled=False):

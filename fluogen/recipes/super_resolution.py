@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..core import choose_device, derive_seed, make_rng
-from ..datasets.pairs import Pairs, as_pairs
+from ..datasets.pairs import PairBatch
 from ..simulation.microscopes import HELD_OUT, OUT_OF_RANGE, TRAIN
 from ..simulation.pairs import simulate_pairs
 from ..simulation.stream import SR_STRUCTURES, SceneStream, draw_rows
@@ -21,8 +21,7 @@ from ..models.cards import CARD_KEYS, describe_licence, facts_of, module_configs
 from ..models.unet import Backbone
 from ..models.zoo import load_weights, save_weights
 from ..training.augment import draw_crops
-from ..training.fit import validation_psnr
-from ..training.learners import ControlLearner, DirectLearner
+from ..training.learners import ControlLearner, DirectLearner, validation_psnr
 from ..training.optim import TrainConfig
 from ..training.trainer import load_state as load_trained, train
 from .prior import RecipeError
@@ -31,7 +30,7 @@ from .prior import RecipeError
 def sr_batch(step: int, seed: int, crops: int, rounds: SceneStream) -> dict:
     "Crops of 64² from fresh pairs, half of them of the figure's structures; a function of (seed, step)."
     target, condition, prompts = draw_rows(make_rng(seed, "sr", step), rounds.at(step), crops)
-    return draw_crops(Pairs(target, condition, prompts), step, seed, crops, 64)
+    return draw_crops(PairBatch(target, condition, prompts), step, seed, crops, 64)
 
 
 def score_sr(fitter, modules, seed: int = 0, n: int = 16, **options) -> dict:
@@ -39,7 +38,7 @@ def score_sr(fitter, modules, seed: int = 0, n: int = 16, **options) -> dict:
     from fluogen.diffusion.direct import upsample
     rows = {}
     for name, optics in (("held-out optics", HELD_OUT), ("out-of-range optics", OUT_OF_RANGE)):
-        pairs = as_pairs(simulate_pairs(SR_STRUCTURES, n, 128, seed=derive_seed(seed, "score"), split="test", optics=optics))
+        pairs = simulate_pairs(SR_STRUCTURES, n, 128, seed=derive_seed(seed, "score"), split="test", optics=optics)
         bicubic = (upsample(pairs.condition, 2).clamp(0, 1) - pairs.target).square().mean((1, 2, 3))
         rows[f"PSNR (dB), {name}"] = round(validation_psnr(fitter, modules, pairs), 2)
         rows[f"PSNR (dB) of bicubic, {name}"] = round(float((-10 * bicubic.log10()).mean()), 2)

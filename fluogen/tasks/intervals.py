@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from ..core import FluogenError, hash_array, to_unit
-from ..io.image import Image, read_image
+from ..io.image import Image
 from ..preprocessing.anscombe import NORM_ANSCOMBE
 from ..preprocessing.normalize import check_numbers
-from ..datasets.pairs import judge_noisy_pair, match_scale, read_pair
+from ..datasets.pairs import check_bits, judge_noisy_pair, match_scale, open_pair, read_pair, stated_rule
+from ..datasets.record import ManifestError
 from ..datasets.registry import load_dataset
 from ..diffusion.schedule import GRIDS
 from ..models.quantile_heads import IntervalChain, restore_direct_interval, with_heads
@@ -228,15 +229,17 @@ def calibrate_fields(
 # %% ../../nbs/lib/tasks/60_intervals.ipynb #b8c286f5
 def read_field(record, weights: Weights, settings: RestoreSettings = RestoreSettings()) -> Field:
     "A pair with its measured counts; raises what is wrong with it, or why its noise cannot be estimated."
-    if weights.config["norm"] != NORM_ANSCOMBE:
-        target, *_ = read_pair(record, weights.config["scale"])
-        counts = read_image(record.conditioning_path, sha256=record.conditioning_sha256).array
-        check_image_size(counts.shape, record.conditioning_path)
-        return Field(counts, target[0].numpy(), str(record.group))
-    if not record.conditioning_image:
-        raise CalibrationError("a single image, not a pair", where=record.image, hint="Give image (clean) and conditioning_image (noisy).")
-    clean, noisy = (read_image(path, sha256=digest).array for path, digest in (
-        (record.path, record.sha256), (record.conditioning_path, record.conditioning_sha256)))
+    norm = weights.config["norm"]
+    if stated_rule(record, norm) != norm:                                   # a calibration is about images as they will be shown
+        raise ManifestError("fluogen restore shows images otherwise", where=f"{record.where}:norm", found=record.norm, expected=norm,
+                            hint="Drop the key norm, or calibrate weights that were fine-tuned with it.")
+    target, counts = images = open_pair(record)
+    if norm != NORM_ANSCOMBE:
+        truth, *_ = read_pair(record, weights.config["scale"], norm, images)
+        check_image_size(counts.array.shape, record.conditioning_path)
+        return Field(counts.array, truth[0].numpy(), str(record.group))
+    check_bits(record, *images)
+    clean, noisy = target.array, counts.array
     judge_noisy_pair(noisy, clean, record.conditioning_path)
     field = Field(noisy, match_scale(noisy, clean)[0], str(record.group))
     as_shown(field, weights, settings)
@@ -277,6 +280,8 @@ def read_fields(
     for record in load_dataset(source) if isinstance(source, (str, Path)) else source:
         try:
             yield read_field(record, weights, settings)
+        except ManifestError:                   # a key that cannot be obeyed is not a pair to leave out
+            raise
         except FluogenError as error:
             log(f"left out: {error}")
 
