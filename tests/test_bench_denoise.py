@@ -12,14 +12,15 @@ from fluogen.core import FluogenError, make_rng
 from fluogen.io.image import write_image
 from fluogen.simulation.camera import expose
 from fluogen.simulation.pairs import simulate_clean
-from fluogen.experiments import denoising as bench_denoise, denoising as noisy_thirty, sample_size as bench_pairs
+from fluogen.experiments import denoising, sample_size as bench_pairs
 from fluogen.training.fit import BENCH_CONFIG, TUNE_CONFIG
-from fluogen.experiments.denoising import compare_denoise_scores, denoise_table, score_denoise_fields
-from fluogen.experiments.records import score_row
+from fluogen.experiments.harness import load_learner, run_benchmark
+from fluogen.experiments.records import compare_scores, score_row, score_table
 from fluogen.recipes.denoising import psnr_light
 from fluogen.preprocessing.anscombe import input_light
 from fluogen.experiments.denoising import (
-    judge_by_truth, list_folds, real_noisy_fields, real_pairs, real_rows, simulate_noisy_thirty, split_few)
+    DENOISE_BENCH, few_shot_noisy_pairs, list_folds, real_noisy_fields, real_pairs, real_rows, restore_denoise_fields, scale_by_truth,
+    score_denoise_fields, split_by_prompt)
 
 SHORT = replace(BENCH_CONFIG, steps=2, batch=2, crop_px=32, validate_every=2, precision="fp32")
 
@@ -43,7 +44,7 @@ def scenes(tmp_path_factory):
 
 def test_repeated_frames_and_averages_are_left_out(scenes):
     assert len(real_rows(scenes)) == 7 and len(list_folds(scenes)) == 4
-    with pytest.raises(FluogenError, match="too few scenes"):
+    with pytest.raises(FluogenError, match="too few fields of view"):
         real_rows(scenes.replace("#toy", "#other"))
 
 
@@ -64,7 +65,7 @@ def test_eight_bit_pairs_are_scored_on_their_counts(scenes):
 
 
 def test_stretched_pairs_are_aligned_before_scoring():
-    fields = judge_by_truth(simulate_noisy_thirty(1, 5, 48), affine=True)
+    fields = scale_by_truth(few_shot_noisy_pairs(1, 5, 48), affine=True)
     truth = fields.batch.target[:, 0].numpy()
     assert min(s["psnr"] for s in score_denoise_fields(3 * truth + 7, fields)) > 60
     plain = replace(fields, affine=False)
@@ -74,46 +75,45 @@ def test_stretched_pairs_are_aligned_before_scoring():
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 30])
 def test_something_is_always_set_aside(n):
-    made = simulate_noisy_thirty(0, n, 16)
-    training, held = split_few(made)
+    made = few_shot_noisy_pairs(0, n, 16)
+    training, held = split_by_prompt(made)
     assert held and training and sorted(training + held) == list(range(n)) and (n < 10 or abs(len(held) - n / 5) <= 1)
 
 
 def test_the_recipe_runs_ends_and_is_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(noisy_thirty, "TEST_EXPOSURES", (20,))
-    small = lambda n_per_row=1, size_px=48: {f"{k} photons": judge_by_truth(simulate_noisy_thirty(k, 10, 48)) for k in (9, 20)}
-    monkeypatch.setattr(bench_denoise, "simulated_noisy_fields", small)
+    small = lambda n_per_row=1: {f"{k} photons": scale_by_truth(few_shot_noisy_pairs(k, 10, 48)) for k in (9, 20)}
+    monkeypatch.setattr(denoising, "simulated_noisy_fields", small)
     options = dict(seeds=(0,), methods=("noise2void",), seconds=0.01, config=SHORT, n_pairs=5)
-    out = bench_denoise.run_denoise_benchmark(tmp_path / "out", tmp_path / "work", **options)
+    out = run_benchmark(DENOISE_BENCH, tmp_path / "out", tmp_path / "work", **options)
     record = json.loads((out / "scores.json").read_text())
     assert {r["way"] for r in record["rows"]} == {"noisy", "nlm", "noise2void"} and record["fits"][0]["steps"] == 2
     stamp = (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns
-    bench_denoise.run_denoise_benchmark(tmp_path / "out", tmp_path / "work", **options)
+    run_benchmark(DENOISE_BENCH, tmp_path / "out", tmp_path / "work", **options)
     assert (tmp_path / "work" / "scores" / "noise2void-0" / "scores.json").stat().st_mtime_ns == stamp
-    shipped = bench_denoise.load_denoise_learner(str(tmp_path / "out" / "bench-denoise-noise2void"))
+    shipped = load_learner(str(tmp_path / "out" / "bench-denoise-noise2void"), DENOISE_BENCH)
     fields = small()["9 photons"]
-    again = [s["psnr"] for s in score_denoise_fields(bench_denoise.restore_denoise_fields(shipped, fields), fields)]
+    again = [s["psnr"] for s in score_denoise_fields(restore_denoise_fields(shipped, fields), fields)]
     kept = next(r for r in record["rows"] if r["way"] == "noise2void")["scores"]["psnr"]
     np.testing.assert_allclose(again, kept, atol=1e-3)
-    assert compare_denoise_scores(record, ("nlm", "ever"), ("noisy", "ever")).mean > 1
-    assert [len(axis) for axis in bench_denoise.denoise_table(record, "psnr", "nlm")[:2]] == [1, 10]         # a scene's score: its mean over exposures
+    assert compare_scores(record, ("nlm", "ever"), ("noisy", "ever")).mean > 1
+    assert score_table(record, "psnr", "nlm").values.shape == (1, 10)         # a scene's score: its mean over exposures
 
 
 def test_folds_are_read_side_by_side():
     record = {"dataset": "fmd", "fields": {"fold 0": ["a", "a"], "fold 1": ["b"]}, "groups": {"fold 0": ["s", "s"], "fold 1": ["t"]},
               "rows": [score_row("fold 0", "direct", 0, "ever", [{"psnr": 1.0}, {"psnr": 2.0}]), score_row("fold 1", "direct", 1, "ever", [{"psnr": 4.0}]),
                        score_row("fold 0", "noisy", 0, "ever", [{"psnr": 0.0}, {"psnr": 0.5}]), score_row("fold 1", "noisy", 1, "ever", [{"psnr": 1.0}])]}
-    values, _, groups = denoise_table(record, "psnr", "direct")
-    assert values.tolist() == [[1.0, 2.0, 4.0]] and len(set(groups)) == 2
-    assert abs(compare_denoise_scores(record, ("direct", "ever"), ("noisy", "ever")).mean - (1 + 1.5 + 3) / 3) < 1e-9
+    table = score_table(record, "psnr", "direct")
+    assert table.values.tolist() == [[1.0, 2.0, 4.0]] and len(set(table.groups)) == 2
+    assert abs(compare_scores(record, ("direct", "ever"), ("noisy", "ever")).mean - (1 + 1.5 + 3) / 3) < 1e-9
 
 
 def test_laboratories_are_nested_and_disjoint_from_what_judges():
-    two, eleven = bench_pairs.laboratory_pairs(3, 2), bench_pairs.laboratory_pairs(3, 11)
+    two, eleven = bench_pairs.setting_pairs(3, 2), bench_pairs.setting_pairs(3, 11)
     assert torch.equal(two.condition, eleven.condition[:2]) and len({s.optics for s in eleven.setups}) == 1
-    fields = bench_pairs.laboratory_pairs(3, 2, "fields")
+    fields = bench_pairs.setting_pairs(3, 2, "fields")
     assert all(not torch.equal(a, b) for a in two.counts for b in fields.counts)
-    assert bench_pairs.describe_laboratory(0) != bench_pairs.describe_laboratory(5)
+    assert bench_pairs.describe_setting(0) != bench_pairs.describe_setting(5)
 
 
 def test_the_curve_is_read():

@@ -20,13 +20,13 @@ from fluogen.datasets.check import ADVICE, KINDS, check_data, check_folders, che
 from fluogen.datasets.manifest import read_manifest, stamp_sha256, write_manifest
 from fluogen.datasets.pairs import read_mask_pair, read_noisy_pair, read_pair
 from fluogen.datasets.record import Record
-from fluogen.datasets.scan import build_manifest, pairs_from_folder
-from fluogen.datasets.splits import split_by_group
-from fluogen.experiments.sample_size import laboratory_pairs
-from fluogen.io.files import ImageReadError
-from fluogen.io.image import read_image, read_plane, write_image
 from fluogen.preprocessing.registration import PairError, align_pair, find_scale, measure_shift
-
+from fluogen.datasets.scan import pairs_from_folder
+from fluogen.datasets.scan import build_manifest
+from fluogen.experiments.sample_size import setting_pairs
+from fluogen.datasets.pairs import read_mask_pair
+from fluogen.datasets.pairs import read_noisy_pair
+from fluogen.datasets.pairs import read_pair
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 PIXEL = {"Y": 0.1, "X": 0.1}
@@ -262,7 +262,7 @@ def test_aligning_leaves_the_originals_alone(folder, tmp_path):
 
 
 def test_dim_pairs_that_lie_over_one_another_are_left_where_they_are(tmp_path):
-    made = laboratory_pairs(0, 10)                                          # nuclei at five photons: the peak wanders by a pixel
+    made = setting_pairs(0, 10)                                          # nuclei at five photons: the peak wanders by a pixel
     for i in range(10):
         save(tmp_path / "set" / "noisy" / f"{i}.tif", made.counts[i, 0].numpy())
         save(tmp_path / "set" / "clean" / f"{i}.tif", 100 + 1000 * made.target[i, 0].numpy())

@@ -11,8 +11,8 @@ from fluogen.core import FluogenError
 from fluogen.io.image import write_image
 from fluogen.report.claims import judge
 from fluogen.figures import fig4_sr as fig4, fig4_sr as fig4_claims
-from fluogen.experiments import super_resolution as bench30, super_resolution as scoring, super_resolution as thirty
-from fluogen.experiments.records import RecordError, read_record
+from fluogen.experiments import super_resolution as sr
+from fluogen.experiments.records import RecordError, best_baseline, compare_scores, join_folds, read_record, score_table
 
 
 def write_pairs(folder, rows):
@@ -50,9 +50,9 @@ def made_up_record():
     "Two draws, four fields, every way that the claims ask for; the direct adaptation is 1 dB ahead."
     fields = ["factin", "factin", "er", "er"]
     level = {"bicubic": 22.0, "richardson_lucy": 24.0, "care": 26.0, "dfcan": 25.0, "rcan": 25.5, "scratch": 25.8, "direct": 27.0}
-    level |= {f"control, {way}": 26.2 for way in scoring.CONTROL_WAYS} | {"control-frozen, 4 passes, mean of 4": 23.0}
+    level |= {f"control, {way}": 26.2 for way in sr.CONTROL_VARIANTS} | {"control-frozen, 4 passes, mean of 4": 23.0}
     rows = []
-    for kind in scoring.FIELD_KINDS:
+    for kind in sr.FIELD_KINDS:
         for way, base in level.items():
             for seed in (None,) if way in ("bicubic", "richardson_lucy") else (0, 1):
                 noise = np.random.default_rng([seed or 0, len(way)]).normal(0, 0.05, 4)
@@ -60,7 +60,7 @@ def made_up_record():
                           "resolution_um": list(3 / base + noise / 1000), "cutoff_per_um": [8.0] * 4,
                           "invented": list(0.3 / base + noise / 1000), "missed": [0.1] * 4}
                 rows.append({"kind": kind, "way": way, "which": "ever", "seed": seed, "scores": scores})
-    return {"seeds": [0, 1], "fields": {kind: fields for kind in scoring.FIELD_KINDS}, "rows": rows, "n_per_structure": 2}
+    return {"seeds": [0, 1], "fields": {kind: fields for kind in sr.FIELD_KINDS}, "rows": rows, "n_per_structure": 2}
 
 
 def test_claims_follow_the_record():
@@ -78,7 +78,8 @@ def test_claims_follow_the_record():
 def test_what_learned_nothing_stands_beside_every_draw():
     record = made_up_record()
     record["rows"] += [dict(r, way=way) for r in record["rows"] if (r["way"], r["seed"]) == ("care", 0) for way in ("untuned", "many")]
-    draws = {way: scoring.compare_sr_scores(record, ("direct", "ever"), (way, "ever"), "psnr").n_seeds for way in ("untuned", "many", "scratch", "bicubic")}
+    record["fits"] = [{"method": "untuned", "seed": 0, "steps": 0}]
+    draws = {way: compare_scores(record, ("direct", "ever"), (way, "ever"), "psnr").n_seeds for way in ("untuned", "many", "scratch", "bicubic")}
     assert draws == {"untuned": 2, "many": 1, "scratch": 2, "bicubic": 2}
 
 
@@ -91,20 +92,20 @@ def test_the_best_baseline_is_credited_with_its_better_stopping_rule():
     record = made_up_record()
     record["rows"] += [dict(r, which="in time", scores={k: [v + 0.5 for v in vs] for k, vs in r["scores"].items()})
                        for r in record["rows"] if r["way"] == "care"]
-    assert scoring.best_sr_baseline(record) == ("care", "in time")
+    assert best_baseline(record, sr.SR_LEARNED) == ("care", "in time")
 
 
 def test_where_less_is_better_the_best_baseline_has_the_least():
-    record, mean = made_up_record(), lambda metric, way: scoring.sr_table(record, "held-out", metric, *way).mean()
+    record, mean = made_up_record(), lambda metric, way: score_table(record, metric, *way).mean()
     for metric in ("invented", "resolution_um"):
-        best = scoring.best_sr_baseline(record, metric)
+        best = best_baseline(record, sr.SR_LEARNED, metric)
         assert all(mean(metric, best) <= mean(metric, (way, "ever")) for way in ("care", "rcan", "scratch"))
     with pytest.raises(RecordError, match="no learned baseline"):
-        scoring.best_sr_baseline(record, "nrmse")
+        best_baseline(record, sr.SR_LEARNED, "nrmse")
 
 
 def test_table_and_rows():
-    fields = thirty.draw_fields("held-out", 2, size_px=64)
+    fields = sr.draw_fields("held-out", 2, size_px=64)
     scores = {"a": [{"psnr": float(i), "ssim": 0.5} for i in range(8)], "b": [{"psnr": 1.0, "ssim": 0.9} for _ in range(8)]}
     rows = fig4.summarize_fig4(scores, fields)
     overall = next(r for r in rows if (r["group"], r["method"], r["metric"]) == ("all", "a", "psnr"))
@@ -128,17 +129,17 @@ def test_claims_say_how_their_fits_ended():
 
 
 def test_thirty_pairs_are_split_without_sharing_a_scene():
-    train, held = thirty.draw_thirty(seed=3)
+    train, held = sr.draw_few_shot(seed=3)
     assert (len(train), len(held)) == (24, 6) and not set(train.groups) & set(held.groups)
     assert len({g.split("-")[0] for g in held.groups}) == 4
-    again, _ = thirty.draw_thirty(seed=3)
+    again, _ = sr.draw_few_shot(seed=3)
     assert torch.equal(train.target, again.target)
-    other, _ = thirty.draw_thirty(seed=4)
+    other, _ = sr.draw_few_shot(seed=4)
     assert not torch.equal(train.target, other.target)
 
 
 def test_the_test_fields_come_from_other_optics():
-    made, fields = thirty.simulate_thirty(0), thirty.draw_fields("held-out", 2, size_px=64)
+    made, fields = sr.few_shot_pairs(0), sr.draw_fields("held-out", 2, size_px=64)
     inside = lambda value, bands: any(low <= value <= high for low, high in bands)
     from fluogen.simulation.microscopes import HELD_OUT, TRAIN
     assert all(inside(s.photons, TRAIN.photons) and not inside(s.photons, HELD_OUT.photons) for s in made.setups)
@@ -148,9 +149,9 @@ def test_the_test_fields_come_from_other_optics():
 def test_the_shipped_record_is_whole():
     record = read_record("bench30", "sr")
     assert len(record["seeds"]) >= 3
-    for kind in scoring.FIELD_KINDS:
-        for method in (*bench30.SR_LEARNED, "direct"):
-            table = scoring.sr_table(record, kind, "psnr", method)
+    for kind in sr.FIELD_KINDS:
+        for method in (*sr.SR_LEARNED, "direct"):
+            table = score_table(record, "psnr", method, test_sets=kind).values
             assert table.shape == (len(record["seeds"]), len(record["fields"][kind])) and np.isfinite(table).all()
     from fluogen.models.zoo import list_weights, load_weights
     named = {base.split("@")[0]: base for base in record["bases"]}
@@ -175,24 +176,24 @@ def clean_cells(tmp_path_factory):
 
 
 def test_a_real_cell_is_in_one_set_only(clean_cells):
-    judges = [thirty.draw_fields("held-out", 25, dataset=clean_cells, half=half) for half in (0, 1)]
+    judges = [sr.draw_fields("held-out", 25, dataset=clean_cells, half=half) for half in (0, 1)]
     first, second = (set(fields.groups) for fields in judges)
     assert judges[0].target.shape[-2:] == (240, 240) and all(set(f.structures) == {"er", "mitochondria"} for f in judges)
     assert not first & second and len(first | second) == 16 and not {"er/stretched", "er/small", "er/other"} & (first | second)
     for seed in range(4):
-        made = thirty.make_thirty(seed, 12, clean_cells)
-        train, held = thirty.draw_thirty(seed, 12, clean_cells)
+        made = sr.few_shot_pairs(seed, 12, clean_cells)
+        train, held = sr.draw_few_shot(seed, 12, clean_cells)
         assert made.target.shape[-2:] == (128, 128) and len(train) + len(held) == len(made) and len(held)
         assert set(made.groups) <= (second, first)[seed % 2] and not set(train.groups) & set(held.groups)
-    assert not torch.equal(thirty.make_thirty(1, 12, clean_cells).target, thirty.make_thirty(3, 12, clean_cells).target)
+    assert not torch.equal(sr.few_shot_pairs(1, 12, clean_cells).target, sr.few_shot_pairs(3, 12, clean_cells).target)
 
 
-@pytest.mark.parametrize("kind", scoring.FIELD_KINDS)
+@pytest.mark.parametrize("kind", sr.FIELD_KINDS)
 def test_every_kind_of_field_has_every_score(kind):
-    fields = thirty.draw_fields(kind, 1, size_px=192)
-    rows = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9, fields)
+    fields = sr.draw_fields(kind, 1, size_px=192)
+    rows = sr.score_sr_fields(fields.target[:, 0].numpy() * 0.9, fields)
     assert all(set(row) == set(fig4.FIG4_METRICS) and all(np.isfinite(list(row.values()))) for row in rows)
-    stretched = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
+    stretched = sr.score_sr_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
     assert min(row["psnr"] for row in stretched) > 90
 
 
@@ -201,12 +202,12 @@ def test_two_draws_of_real_cells_are_one_table_of_all_cells():
         return {"kind": f"half {half}", "way": way, "which": "ever", "seed": seed, "scores": {"psnr": values}}
     rows = [row("direct", seed % 2, seed, [seed, seed + 0.5]) for seed in range(4)] + [row("care", seed % 2, seed, [0, 0]) for seed in range(3)]
     rows += [row("bicubic", half, None, [half, half]) for half in (0, 1)]
-    record = scoring.join_halves({"seeds": [0, 1, 2, 3], "rows": rows, "fields": {"half 1": ["er", "er"], "half 0": ["er", "mitochondria"]},
+    record = join_folds({"seeds": [0, 1, 2, 3], "rows": rows, "fields": {"half 1": ["er", "er"], "half 0": ["er", "mitochondria"]},
                                   "groups": {"half 0": ["a", "b"], "half 1": ["c", "d"]}})
     assert record["groups"]["held-out"] == ["a", "b", "c", "d"] and record["fields"]["held-out"][1] == "mitochondria"
-    assert scoring.sr_table(record, "held-out", "psnr", "direct").tolist() == [[0, 0.5, 1, 1.5], [2, 2.5, 3, 3.5]]
-    assert scoring.sr_table(record, "held-out", "psnr", "bicubic").tolist() == [[0, 0, 1, 1]]
-    assert scoring.sr_table(record, "held-out", "psnr", "care").shape == (1, 4)         # draw 2 has no partner
+    assert score_table(record, "psnr", "direct").values.tolist() == [[0, 0.5, 1, 1.5], [2, 2.5, 3, 3.5]]
+    assert score_table(record, "psnr", "bicubic").values.tolist() == [[0, 0, 1, 1]]
+    assert score_table(record, "psnr", "care").values.shape == (1, 4)         # draw 2 has no partner
 
 
 def test_too_few_cells_are_refused(tmp_path):
@@ -216,7 +217,7 @@ def test_too_few_cells_are_refused(tmp_path):
         lines.append(json.dumps({"image": f"{i}.tif", "text": "ER", "group": f"cell{i}", "bits": 16}))
     (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
     with pytest.raises(FluogenError, match="too few cells") as caught:
-        thirty.draw_fields("held-out", 4, dataset=str(tmp_path / "manifest.jsonl"))
+        sr.draw_fields("held-out", 4, dataset=str(tmp_path / "manifest.jsonl"))
     assert "\n" not in str(caught.value)
 
 

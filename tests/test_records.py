@@ -6,7 +6,7 @@ import pytest
 from fluogen.io.files import write_json, write_json_once
 from fluogen.models import zoo
 from fluogen.models.zoo import find_record
-from fluogen.experiments.records import RecordError, describe_bench, is_comparable, join_record, read_record, score_row
+from fluogen.experiments.records import RecordError, describe_results, is_comparable, join_record, read_record, score_row
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_rows_are_by_field_and_the_record_is_json():
     class Fields:
         structures, groups = ["er", "ccps"], ["a", "b"]
     row = score_row("held-out", "care", 0, "ever", [{"psnr": 27.0}, {"psnr": 28.0}])
-    made = describe_bench([row], [{"method": "care"}], {"held-out": Fields}, [None], seeds=[0])
+    made = describe_results([row], [{"method": "care"}], {"held-out": Fields}, [None], seeds=[0])
     assert made["rows"][0]["scores"] == {"psnr": [27.0, 28.0]} and made["fields"] == {"held-out": ["er", "ccps"]}
     assert made["bases"] == [] and json.loads(json.dumps(made)) == made
 
