@@ -7,7 +7,7 @@ import torch
 
 from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights
-from fluogen.experiments import brightness as room
+from fluogen.experiments import brightness
 from fluogen.experiments.brightness import PROCESSES, BrightnessError, brightness_batch, compare_brightness, sample_data
 from fluogen.figures.fig3b_brightness import STATISTICS, fig3b_claims, fig3b_rows, mean_shift, summarize_fig3b
 from fluogen.simulation.stream import SceneStream
@@ -53,9 +53,9 @@ def test_all_three_see_the_same_batches():
 
 
 def test_a_small_run_ships_three_networks_and_adds_seeds(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "Rounds", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
-    monkeypatch.setattr(room, "SAMPLING", room.SAMPLING | {"steps": 2})
-    out = lambda *seeds: room.run_brightness(tmp_path / "out", tmp_path / "work", seeds, per_prompt=1, steps=1, crops=2)
+    monkeypatch.setattr(brightness, "SceneStream", lambda simulate, seed, n, steps: SceneStream(simulate, seed, n=16, steps=steps))
+    monkeypatch.setattr(brightness, "SAMPLING", brightness.SAMPLING | {"steps": 2})
+    out = lambda *seeds: brightness.run_brightness(tmp_path / "out", tmp_path / "work", seeds, per_prompt=1, steps=1, crops=2)
     record = json.loads((out(0) / "scores.json").read_text())
     assert [row["process"] for row in record["rows"]] == sorted(PROCESSES, key=lambda name: name + "-0")
     starts = [load_weights(str(tmp_path / "out" / f"brightness-{name}")) for name in PROCESSES]
@@ -63,4 +63,4 @@ def test_a_small_run_ships_three_networks_and_adds_seeds(monkeypatch, tmp_path):
     assert len(json.loads((out(0, 1) / "scores.json").read_text())["rows"]) == 6
     assert (tmp_path / "out" / "brightness-eps" / "card.md").is_file() and all(len(row["mean"]) == 16 for row in record["rows"])
     with pytest.raises(BrightnessError, match="no such process"):
-        room.train_process("x0", 0, tmp_path, tmp_path)
+        brightness.train_process("x0", 0, tmp_path, tmp_path)

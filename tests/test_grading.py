@@ -12,7 +12,7 @@ from fluogen.models.image_encoder import load_encoder
 from fluogen.figures.fig3_synthesis import fig3_claims, fig3_rows, format_grades, open_grades, summarize_fig3
 from fluogen.tasks.generate import GenerateError
 from fluogen.experiments.generation import (
-    IMAGES_A_BLOCK, GradingError, block_prompts, disguise, draw_way, grade_copies, grade_set, held_out_scenes)
+    IMAGES_A_BLOCK, GradingError, block_prompts, disguise, draw_variant, grade_copies, grade_set, held_out_specimens)
 from fluogen.recipes.prior import SCENE_MIXES, SceneMix, stream_state
 from fluogen.simulation.stream import PAPER_PROMPTS, SceneStream
 
@@ -29,10 +29,10 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenes():
-    return held_out_scenes(8), held_out_scenes(8, seed=1)
+    return held_out_specimens(8), held_out_specimens(8, seed=1)
 
 
-def test_held_out_scenes_graded_as_if_generated(scenes):
+def test_held_out_specimens_graded_as_if_generated(scenes):
     (real, words), (other, others) = scenes
     grade = grade_set(other, others, real, words, load_encoder())
     assert abs(grade["kernel"]) < 0.03                  # eight of each prompt; unless it is told so: about -0.09
@@ -47,7 +47,7 @@ def test_held_out_scenes_graded_as_if_generated(scenes):
 
 def test_planted_copies_are_found_among_honest_pictures(scenes):
     (real, words), (other, others) = scenes
-    originals, whose = held_out_scenes(8, seed=2)
+    originals, whose = held_out_specimens(8, seed=2)
     pictures = np.concatenate([other[:60], disguise(originals[:6], 4)])
     report = grade_copies(pictures, others[:60] + whose[:6], real, words, shrink_images(originals), (originals[:20], whose[:20]))
     assert report["planted_found"] == 20 and report["excess"] and report["flagged"] >= 6
@@ -57,11 +57,11 @@ def test_planted_copies_are_found_among_honest_pictures(scenes):
 
 
 def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(grading, "training_scenes", lambda weights, most: shrink_images(held_out_scenes(2, 9)[0]))
-    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: SceneStream(simulate, seed, n=32, groups=groups))
+    monkeypatch.setattr(grading, "training_specimens", lambda weights, most: shrink_pictures(held_out_specimens(2, 9)[0]))
+    monkeypatch.setattr(grading, "SceneStream", lambda simulate, seed, n, groups: SceneStream(simulate, seed, n=32, groups=groups))
     monkeypatch.setattr(grading, "scenes_seen", lambda weights: [stream_state(SceneMix(), 0, 20)])
     monkeypatch.setattr(grading, "IMAGES_A_BLOCK", 1)
-    monkeypatch.setattr(grading, "SHARE", {"guidance 2": 2})
+    monkeypatch.setattr(grading, "FEWER_BY", {"guidance 2": 2})
     said, run = [], lambda: grading.grade_prior(tmp_path, tmp_path / "work", toy, 4, log=said.append, size_px=64, precision="fp32")
     record = json.loads((run() / "scores.json").read_text())
     assert (record["copies"]["planted"], record["copies"]["planted_found"]) == (32, 0)        # of all kinds; searched among other scenes
@@ -81,18 +81,19 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
 
 
 def test_copies_are_looked_for_in_the_scenes_of_every_training(monkeypatch):
-    monkeypatch.setattr(grading, "Rounds", lambda simulate, seed, n, groups: SceneStream(simulate, seed, n=12, groups=groups))
+    monkeypatch.setattr(grading, "SceneStream", lambda simulate, seed, n, groups: SceneStream(simulate, seed, n=12, groups=groups))
     some = [stream_state(SceneMix(), 0, 1501), stream_state(SCENE_MIXES["nano-generate"], 1, 20)]
     weights = SimpleNamespace(config={"seen": some})
-    scenes = grading.training_scenes(weights)
-    assert len(scenes) == 3 * 12 and len(grading.training_scenes(weights, 1)) == 12
-    first = shrink_images(grading.deal_again(some[0]).at(0)[0].target)
+    scenes = grading.training_specimens(weights)
+    assert len(scenes) == 3 * 12 and len(grading.training_specimens(weights, 1)) == 12
+    first = shrink_pictures(grading.stream_again(some[0]).at(0)[0].target)
     assert np.array_equal(scenes[:len(first)], first)
 
 
 def test_no_grades_is_one_line(toy, monkeypatch, tmp_path):
-    monkeypatch.setattr("fluogen.models.zoo.weight_folders", lambda: [tmp_path])
-    record, why = open_grades("a@1")
+    with monkeypatch.context() as patch:
+        patch.setattr("fluogen.models.zoo.weight_folders", lambda: [tmp_path])
+        record, why = open_grades("a@1")
     assert record is None and "fluogen benchmark generation" in why and "\n" not in why
     with pytest.raises(GradingError, match="multiple of 4"):
         grading.grade_prior(tmp_path, tmp_path, per_prompt=10)
@@ -114,6 +115,6 @@ def test_the_note_by_eye_is_about_the_shipped_prior():
 
 def test_blocks_know_their_prompts(toy, tmp_path):
     from fluogen.models.zoo import load_weights
-    images, seconds = draw_way(load_weights(toy), "guidance 2", 8, tmp_path, size_px=32, precision="fp32")
+    images, seconds = draw_variant(load_weights(toy), "guidance 2", 8, tmp_path, size_px=32, precision="fp32")
     assert len(images) == IMAGES_A_BLOCK * 16 == len(block_prompts(len(images))) and seconds > 0
     assert block_prompts(64)[:IMAGES_A_BLOCK] == [PAPER_PROMPTS[0]] * IMAGES_A_BLOCK
