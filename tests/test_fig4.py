@@ -129,12 +129,12 @@ def test_claims_say_how_their_fits_ended():
 
 
 def test_thirty_pairs_are_split_without_sharing_a_scene():
-    train, held = sr.draw_few_shot(seed=3)
+    train, held = sr.draw_sr_pairs("direct", 3)
     assert (len(train), len(held)) == (24, 6) and not set(train.groups) & set(held.groups)
     assert len({g.split("-")[0] for g in held.groups}) == 4
-    again, _ = sr.draw_few_shot(seed=3)
+    again, _ = sr.draw_sr_pairs("direct", 3)
     assert torch.equal(train.target, again.target)
-    other, _ = sr.draw_few_shot(seed=4)
+    other, _ = sr.draw_sr_pairs("direct", 4)
     assert not torch.equal(train.target, other.target)
 
 
@@ -182,7 +182,7 @@ def test_a_real_cell_is_in_one_set_only(clean_cells):
     assert not first & second and len(first | second) == 16 and not {"er/stretched", "er/small", "er/other"} & (first | second)
     for seed in range(4):
         made = sr.few_shot_pairs(seed, 12, clean_cells)
-        train, held = sr.draw_few_shot(seed, 12, clean_cells)
+        train, held = sr.draw_sr_pairs("direct", seed, 12, clean_cells)
         assert made.target.shape[-2:] == (128, 128) and len(train) + len(held) == len(made) and len(held)
         assert set(made.groups) <= (second, first)[seed % 2] and not set(train.groups) & set(held.groups)
     assert not torch.equal(sr.few_shot_pairs(1, 12, clean_cells).target, sr.few_shot_pairs(3, 12, clean_cells).target)
