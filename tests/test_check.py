@@ -20,13 +20,12 @@ from fluogen.datasets.check import ADVICE, KINDS, check_data, check_folders, che
 from fluogen.datasets.manifest import read_manifest, stamp_sha256, write_manifest
 from fluogen.datasets.pairs import read_mask_pair, read_noisy_pair, read_pair
 from fluogen.datasets.record import Record
-from fluogen.preprocessing.registration import PairError, align_pair, find_scale, measure_shift
-from fluogen.datasets.scan import pairs_from_folder
-from fluogen.datasets.scan import build_manifest
+from fluogen.datasets.scan import build_manifest, pairs_from_folder
+from fluogen.datasets.splits import split_by_group
 from fluogen.experiments.sample_size import setting_pairs
-from fluogen.datasets.pairs import read_mask_pair
-from fluogen.datasets.pairs import read_noisy_pair
-from fluogen.datasets.pairs import read_pair
+from fluogen.io.files import ImageReadError
+from fluogen.io.image import read_image, read_plane, write_image
+from fluogen.preprocessing.registration import PairError, align_pair, find_scale, measure_shift
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 PIXEL = {"Y": 0.1, "X": 0.1}

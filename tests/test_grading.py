@@ -57,7 +57,7 @@ def test_planted_copies_are_found_among_honest_pictures(scenes):
 
 
 def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(grading, "training_specimens", lambda weights, most: shrink_pictures(held_out_specimens(2, 9)[0]))
+    monkeypatch.setattr(grading, "training_specimens", lambda weights, most: shrink_images(held_out_specimens(2, 9)[0]))
     monkeypatch.setattr(grading, "SceneStream", lambda simulate, seed, n, groups: SceneStream(simulate, seed, n=32, groups=groups))
     monkeypatch.setattr(grading, "scenes_seen", lambda weights: [stream_state(SceneMix(), 0, 20)])
     monkeypatch.setattr(grading, "IMAGES_A_BLOCK", 1)
@@ -86,7 +86,7 @@ def test_copies_are_looked_for_in_the_scenes_of_every_training(monkeypatch):
     weights = SimpleNamespace(config={"seen": some})
     scenes = grading.training_specimens(weights)
     assert len(scenes) == 3 * 12 and len(grading.training_specimens(weights, 1)) == 12
-    first = shrink_pictures(grading.stream_again(some[0]).at(0)[0].target)
+    first = shrink_images(grading.stream_again(some[0]).at(0)[0].target)
     assert np.array_equal(scenes[:len(first)], first)
 
 

@@ -24,11 +24,10 @@ from ..simulation.microscopes import REFERENCE_PIXEL_UM
 from ..metrics import restoration
 from ..metrics.bootstrap import paired_interval
 from ..diffusion.direct import upsample
-from ..experiments.harness import describe_stopping
-from ..experiments.records import RecordError, read_record
-from ..experiments.super_resolution import (
-    LOWER, SR_LEARNED, best_sr_baseline, classical_methods, compare_sr_scores, draw_fields, join_halves,
-    load_sr_learner, restore_sr_fields, sr_table)
+from ..experiments.harness import describe_stopping, load_learner
+from ..experiments.records import (
+    LOWER_IS_BETTER, RecordError, best_baseline, compare_scores, join_folds, read_record, score_table)
+from ..experiments.super_resolution import SR_BENCH, SR_LEARNED, classical_methods, draw_fields, restore_sr_fields
 
 # %% ../../nbs/lib/figures/50_fig4_sr.ipynb #915976e1
 FIG4_CONVENTIONS = {"normalisation": "each image by its own percentiles (input 0.1 and 99.9; truth 0 and 99.9), clipped to [0, 1]",
@@ -111,7 +110,7 @@ def fig4_methods(steps: int = 4, seed: int = 0, device="cpu", classical: bool = 
         methods |= {FIG4_DISPLAY[name]: method for name, method in classical_methods().items()}
 
     def column(name, options):
-        fitter = load_sr_learner(f"{prefix}-{name}")
+        fitter = load_learner(f"{prefix}-{name}", SR_BENCH)
         fitter.modules.to(device)
 
         def method(fields):
@@ -210,20 +209,20 @@ OURS_WAYS = (("direct", "ever"), ("control, 4 passes, mean of 4", "ever"), ("con
 
 def best_of_ours(record: dict, ways=OURS_WAYS) -> tuple[str, str]:
     "The adaptation with the highest PSNR on held-out fields."
-    return max(ways, key=lambda way: sr_table(record, "held-out", "psnr", *way).mean())
+    return max(ways, key=lambda way: score_table(record, "psnr", *way).mean())
 
 
 def list_comparisons(record: dict) -> dict:
     "id -> (first way, second way, metric); the claim is about first minus second."
-    ours, theirs = best_of_ours(record), best_sr_baseline(record)
+    ours, theirs = best_of_ours(record), best_baseline(record, SR_LEARNED)
     ever = lambda way: (way, "ever")
-    return {"gain_psnr": (ours, theirs, "psnr"), "gain_ms_ssim": (ours, best_sr_baseline(record, "ms_ssim"), "ms_ssim"),
+    return {"gain_psnr": (ours, theirs, "psnr"), "gain_ms_ssim": (ours, best_baseline(record, SR_LEARNED, "ms_ssim"), "ms_ssim"),
             "few_pairs": (ever("direct"), ever("many"), "psnr"),
             "control_gain": (best_of_ours(record, OURS_WAYS[1:]), theirs, "psnr"),
-            "sample_sharper": (best_sr_baseline(record, "resolution_um"), ever("control, 4 passes"), "resolution_um"),
-            "sample_true": (ever("control, 4 passes"), best_sr_baseline(record, "cutoff_per_um"), "cutoff_per_um"),
-            "invents": (ever("direct"), best_sr_baseline(record, "invented"), "invented"),
-            "misses": (ever("direct"), best_sr_baseline(record, "missed"), "missed"),
+            "sample_sharper": (best_baseline(record, SR_LEARNED, "resolution_um"), ever("control, 4 passes"), "resolution_um"),
+            "sample_true": (ever("control, 4 passes"), best_baseline(record, SR_LEARNED, "cutoff_per_um"), "cutoff_per_um"),
+            "invents": (ever("direct"), best_baseline(record, SR_LEARNED, "invented"), "invented"),
+            "misses": (ever("direct"), best_baseline(record, SR_LEARNED, "missed"), "missed"),
             "over_bicubic": (ours, ever("bicubic"), "psnr"), "over_richardson_lucy": (ours, ever("richardson_lucy"), "psnr"),
             "few_passes": (ever("control, 4 passes"), ever("control, 10 passes"), "psnr"),
             "prior_alone": (ever("prior"), ever("scratch"), "psnr"),
@@ -235,7 +234,7 @@ def claim_difference(name: str, record: dict, first: tuple, second: tuple, metri
     "Arguments of `fluogen.report.claims.judge` for one paired difference; not measured where the record lacks a side."
     about = dict(id=name, claim=FIG4_CLAIMS[name][0], source="this package, thirty pairs", **FIG4_CLAIMS[name][1])
     try:
-        interval = compare_sr_scores(record, first, second, metric)
+        interval = compare_scores(record, first, second, metric)
     except RecordError as error:
         return about | dict(measured=None, why=str(error))
     draws = f"{interval.n_seeds} draw{'s' if interval.n_seeds > 1 else ''}"
@@ -248,8 +247,8 @@ def claim_difference(name: str, record: dict, first: tuple, second: tuple, metri
 def claim_real() -> dict:
     "The same comparison on real cells under a simulated microscope, in pairs of draws; not measured where the record is not there."
     try:
-        real = join_halves(read_record("bench30", "sr --dataset PATH", "real"))
-        made = claim_difference("real_gain", real, ("direct", "ever"), best_sr_baseline(real), "psnr")
+        real = join_folds(read_record("bench30", "sr --dataset PATH", "real"))
+        made = claim_difference("real_gain", real, ("direct", "ever"), best_baseline(real, SR_LEARNED), "psnr")
         there = [way for way in SR_LEARNED if any(row["way"] == way for row in real["rows"])]
         cells = len(set(real["groups"]["held-out"]))
         return made | dict(why=f"{made['why']}; each draw a pair, {cells} cells; learned baselines measured: {', '.join(there)}")
@@ -274,8 +273,8 @@ def fig4_claims(record: dict | None, seconds: dict, steps: int = 4, full: bool =
         return [dict(id=n, claim=FIG4_CLAIMS[n][0], source="this package, thirty pairs", measured=None, why=why, **FIG4_CLAIMS[n][1])
                 for n in FIG4_CLAIMS]
     made = {name: claim_difference(name, record, *sides) for name, sides in list_comparisons(record).items()}
-    ours, theirs = best_of_ours(record), best_sr_baseline(record)
-    worst = min((compare_sr_scores(record, ours, theirs, "psnr", structure=s).mean, s) for s in sorted(set(record["fields"]["held-out"])))
+    ours, theirs = best_of_ours(record), best_baseline(record, SR_LEARNED)
+    worst = min((compare_scores(record, ours, theirs, "psnr", structure=s).mean, s) for s in sorted(set(record["fields"]["held-out"])))
     made["every_structure"] = dict(id="every_structure", claim=FIG4_CLAIMS["every_structure"][0], source="this package, thirty pairs",
                                    measured=worst[0], why=f"smallest gain of {ours[0]}: {worst[1]}", **FIG4_CLAIMS["every_structure"][1])
     made["real_gain"] = claim_real()
@@ -305,7 +304,7 @@ def format_credit(record: dict) -> str:
         cells = []
         for kind in FIELDS:
             rules = {row["which"] for row in record["rows"] if (row["kind"], row["way"]) == (kind, way)}
-            values = [sr_table(record, kind, "psnr", way, rule).mean() for rule in rules]
+            values = [score_table(record, "psnr", way, rule, kind).mean() for rule in rules]
             cells.append(f"{max(values):11.2f} dB" if values else f"{'not measured':>14}")
         lines.append(f"{way:<25}{has[0]:>7}{has[1]:>11}{has[2]:>11}" + "".join(cells))
     return "\n".join(lines)
@@ -319,11 +318,11 @@ def format_elsewhere(record: dict) -> str:
         for way in ways:
             for metric in FIG4_METRICS:
                 try:
-                    value[way, metric] = sr_table(record, kind, metric, way).mean()
+                    value[way, metric] = score_table(record, metric, way, test_sets=kind).mean()
                 except RecordError:
                     continue
         columns = [metric for metric in FIG4_METRICS if any(name == metric for _, name in value)]
-        best = {m: (min if m in LOWER else max)(v for (_, name), v in value.items() if name == m) for m in columns}
+        best = {m: (min if m in LOWER_IS_BETTER else max)(v for (_, name), v in value.items() if name == m) for m in columns}
         lines.append(f"{FIELDS[kind]:<19}" + "".join(f"{FIG4_METRICS[m]:>14}" for m in columns))
         for way in [way for way in ways if any(name == way for name, _ in value)]:
             cells = ((m, value.get((way, m))) for m in columns)
@@ -356,8 +355,8 @@ def describe_fig4(record: dict | None, claims: list, simulated: bool) -> str:
              f"Not measured in this run: {len(open_)}." if open_ else ""]
     for kind, called in (("out-of-range", "through microscopes out of range"),
                          ("unseen", "of mitochondria, which are not among the thirty pairs but among what the prior saw,")):
-        theirs = best_sr_baseline(record, kind=kind)
-        interval = compare_sr_scores(record, ("direct", "ever"), theirs, "psnr", kind)
+        theirs = best_baseline(record, SR_LEARNED, test_sets=kind)
+        interval = compare_scores(record, ("direct", "ever"), theirs, "psnr", kind)
         lines.append(f"On fields {called} the direct adaptation differs from the learned baseline that is best there, {theirs[0]}, by "
                      f"{interval.mean:+.2f} dB [{interval.low:+.2f}, {interval.high:+.2f}].")
     return "\n".join(line for line in lines if line)

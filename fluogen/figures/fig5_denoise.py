@@ -20,12 +20,12 @@ from ..metrics.bootstrap import paired_interval
 from ..models.zoo import ZooError, find_record, load_weights
 from ..training.learners import DirectLearner
 from ..uncertainty.consistency import Detection, measure_detection
-from ..recipes.denoising import DENOISE, ROWS, held_out_fields
+from ..recipes.denoising import DENOISE
 from ..experiments.denoising import (
-    DENOISE_BENCH, DENOISE_LEARNED, DENOISE_METHODS, NoisyFields, best_denoise_baseline, classical,
-    compare_denoise_scores, judge_by_truth, load_denoise_learner, real_noisy_fields, restore_denoise_fields)
-from ..experiments.harness import describe_stopping, load_method, run_method
-from ..experiments.records import RecordError
+    DENOISE_BENCH, DENOISE_LEARNED, DENOISE_METHODS, NoisyFields, classical_denoisers, real_noisy_fields,
+    restore_denoise_fields, simulated_noisy_fields)
+from ..experiments.harness import describe_stopping, load_learner, load_method, run_method
+from ..experiments.records import RecordError, best_baseline, compare_scores
 
 # %% ../../nbs/lib/figures/60_fig5_denoise.ipynb #9cd1c5a5
 FIG5_CONVENTIONS = {
@@ -46,15 +46,15 @@ def _column(fitter):
 
 def fig5_methods() -> tuple[dict, list[str]]:
     "Column -> function (NoisyFields) -> light (B,H,W), from installed weights; and what is missing."
-    plain, notes = classical(0, "simulated"), []
+    plain, notes = classical_denoisers(0, "simulated"), []
     methods = {"Raw": plain["noisy"], "NLM": plain["nlm"]}
     for name, label in FIG5_DISPLAY.items():
         try:
-            methods[label] = _column(load_denoise_learner(f"bench-denoise-{name}"))
+            methods[label] = _column(load_learner(f"bench-denoise-{name}", DENOISE_BENCH))
         except ZooError:
             notes.append(f"{label}: weights bench-denoise-{name} are not installed (fluogen benchmark denoise)")
     try:
-        methods["nano-denoise"] = _column(load_denoise_learner("nano-denoise"))
+        methods["nano-denoise"] = _column(load_learner("nano-denoise", DENOISE_BENCH))
     except ZooError:
         notes.append("nano-denoise: not installed (fluogen train nano-denoise)")
     prior = load_weights("fluogen-nano")
@@ -69,7 +69,7 @@ def fig5_methods() -> tuple[dict, list[str]]:
 
 def real_methods(dataset: str, fold: int, work: Path, seconds: float = 30.0, n_pairs: int = 30, config=None) -> tuple[dict, list[str]]:
     "The columns fitted on the scenes of a real data set that do not judge in a fold; finished fits in `work` are used as they are."
-    plain, methods, notes = classical(fold, dataset), {}, []
+    plain, methods, notes = classical_denoisers(fold, dataset), {}, []
     methods["Raw"], methods["NLM"] = plain["noisy"], plain["nlm"]
     for name, label in FIG5_DISPLAY.items():
         folder = Path(work) / f"{name}-{fold}"
@@ -87,7 +87,7 @@ def open_fig5_fields(dataset: str, fold: int, n_per_row: int, size_px: int, expo
     "kind -> fields: simulated ones at every exposure, or the judged scenes of a fold."
     if dataset != "simulated":
         return {f"fold {fold}": real_noisy_fields(dataset, fold, size_px=size_px)}
-    return {f"{photons} photons": judge_by_truth(held_out_fields(photons, n_per_row * len(ROWS), size_px, seed=0)) for photons in exposures}
+    return simulated_noisy_fields(n_per_row, size_px, exposures)
 
 # %% ../../nbs/lib/figures/60_fig5_denoise.ipynb #feccb73e
 FIG5_LIMITS = {"ssim": 1.0, "ms_ssim": 1.0}         # no image scores more
@@ -176,8 +176,8 @@ def _difference(record, name, claim, first, second, metric="psnr", **threshold) 
     if record is None:
         return about | dict(measured=None, why="no record: fluogen benchmark denoise")
     try:
-        second = best_denoise_baseline(record, metric) if second == "best" else second
-        found = compare_denoise_scores(record, first, second, metric)
+        second = best_baseline(record, DENOISE_LEARNED, metric) if second == "best" else second
+        found = compare_scores(record, first, second, metric)
     except (RecordError, ValueError) as error:
         return about | dict(measured=None, why=f"not in the record yet: {error}")
     why = f"{first[0]} against {second[0]} ({second[1]}), {found.n_seeds} x {found.n_fields} fields"

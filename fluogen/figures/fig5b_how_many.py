@@ -16,7 +16,7 @@ from ..training.fit import TUNE_CONFIG
 from ..report.plotting import mark_profile, picture_style
 from ..experiments.harness import describe_stopping
 from ..experiments.sample_size import (
-    AT, COUNTS, FEW_PAIRS, LONG, N_FIELDS, SAMPLE_SIZE_METHODS, TUNINGS, curve_of, find_crossing, laboratories_of)
+    AT, COUNTS, FEW_PAIRS, LONG, N_FIELDS, SAMPLE_SIZE_METHODS, TUNINGS, curve_of, find_crossing, psnr_by_setting)
 
 # %% ../../nbs/lib/figures/70_fig5b_how_many.ipynb #74ac253f
 FIG5B_CONVENTIONS = {"normalisation": "light of the truth, background 0, 99.9th percentile 1", "data_range": 1.0, "crop": "none",
@@ -64,7 +64,7 @@ def format_fig5b_table(record: dict) -> str:
 # %% ../../nbs/lib/figures/70_fig5b_how_many.ipynb #c86004a7
 def _ahead(record, first: tuple, second: tuple) -> dict:
     "Arguments of `judge` for a difference between two (method, pairs) within the laboratories that both were fitted in."
-    one, two = (laboratories_of(record or {"rows": []}, *side) for side in (first, second))
+    one, two = (psnr_by_setting(record or {"rows": []}, *side) for side in (first, second))
     both = sorted(set(one) & set(two))
     if not both:
         return dict(measured=None, why="not in the record yet: fluogen benchmark sample-size")
@@ -78,8 +78,8 @@ def _ahead(record, first: tuple, second: tuple) -> dict:
 
 # %% ../../nbs/lib/figures/70_fig5b_how_many.ipynb #8351dd66
 def compare_tunings(record: dict | None) -> tuple[list[int], dict[str, np.ndarray]]:
-    "Settings with every measured tuning at each of `FEW_PAIRS` pairs, and tuning -> gain in dB over the pretrained model, (settings, counts)."
-    of = lambda method, n: laboratories_of(record or {"rows": []}, method, n)
+    "Laboratories with every measured way of tuning at each of `FEW_PAIRS` pairs, and way -> gain in dB over what ships, (laboratories, numbers)."
+    of = lambda method, n: psnr_by_setting(record or {"rows": []}, method, n)
     ways = [m for m in ("fluogen", *TUNINGS) if all(of(m, n) for n in FEW_PAIRS)]
     shared = sorted(set(of("untuned", 0)).intersection(*(of(m, n) for m in ways for n in FEW_PAIRS)))
     return shared, {m: np.array([[of(m, n)[seed] - of("untuned", 0)[seed] for n in FEW_PAIRS] for seed in shared]) for m in ways if shared}
@@ -177,10 +177,10 @@ def _line(axis, curve: dict, method: str, zero: float):
 
 def _diamonds(axis, record: dict) -> bool:
     "Fits without the minute's limit, each over the laboratories that it was made in; whether there are any."
-    zero, any_ = laboratories_of(record, "untuned", 0), False
+    zero, any_ = psnr_by_setting(record, "untuned", 0), False
     for place, method in enumerate(LONG):
         for n in COUNTS:
-            there = laboratories_of(record, method, n)
+            there = psnr_by_setting(record, method, n)
             gains = np.array([there[seed] - zero[seed] for seed in sorted(set(there) & set(zero))])
             if len(gains):
                 mean, low, high = mean_interval(gains)
