@@ -10,7 +10,7 @@ __all__ = ['MAX_VALIDATION_TILES', 'Method', 'load_start', 'Benchmark', 'describ
 # %% ../../nbs/lib/experiments/30_harness.ipynb #6f782d3e
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch

@@ -13,17 +13,18 @@ from ..recipes.catalog import OPTIONS, Recipe, run_entry
 # %% ../../nbs/lib/experiments/90_run.ipynb #cc7918ba
 def run_sr(out: Path, work: Path, dataset: str = "simulated", seeds=None, **options) -> Path:
     "Train and evaluate what figure 4 compares, on simulated images or on real ones under a simulated microscope."
-    from fluogen.experiments.super_resolution import run_sr_benchmark
-    if dataset == "simulated":
-        return run_sr_benchmark(out, work, seeds=seeds or range(3), dataset=dataset, record="scores", n_per_structure=4, **options)
-    return run_sr_benchmark(out, work / "real", seeds=seeds or range(6), dataset=dataset, record="real", n_per_structure=25,
-                            **options)
+    from fluogen.experiments.harness import run_benchmark
+    from fluogen.experiments.super_resolution import SR_BENCH
+    real = dict(record="real", n_fields=25) if dataset != "simulated" else {}
+    return run_benchmark(SR_BENCH, out, work, dataset, seeds or range(6 if real else 3), **real, **options)
 
 
 def run_denoise(out: Path, work: Path, dataset: str = "simulated", seeds=None, **options) -> Path:
     "Train and evaluate what figure 5 compares, on simulated or on real pairs."
-    from fluogen.experiments.denoising import run_denoise_benchmark
-    return run_denoise_benchmark(out, work, dataset, seeds=seeds or range(3 if dataset == "simulated" else 9), **options)
+    from fluogen.experiments.denoising import DENOISE_BENCH
+    from fluogen.experiments.harness import run_benchmark
+    draws = 3 if dataset == "simulated" else len(DENOISE_BENCH.list_folds(dataset))
+    return run_benchmark(DENOISE_BENCH, out, work, dataset, seeds or range(draws), **options)
 
 # %% ../../nbs/lib/experiments/90_run.ipynb #d7a08704
 COMPARE = {
