@@ -60,7 +60,7 @@ figures-check: $(STAMP)
 	@mkdir -p runs/check
 	@set -e; for nb in $(FIGURES); do echo "== $$nb, profile $(PROFILE)"; \
 	  FLUOGEN_FIGURES="$(CURDIR)/runs/check" $(PAPER) $$nb runs/check/$$(basename $$nb) -p profile $(PROFILE) </dev/null; done
-	@$(PY) -c 'import sys; from fluogen.report.compare import main; sys.exit(main())' figures runs/check --profile $(PROFILE)
+	@$(PY) -c 'import sys; from fluogen.report.compare import compare_folders; sys.exit(compare_folders())' figures runs/check --profile $(PROFILE)
 
 # Independent test files on both cores, one thread each; notebooks one by one (tests/conftest.py).
 test: $(STAMP)

@@ -135,6 +135,7 @@ def test_a_curve_holds_only_what_every_laboratory_was_fitted_at():
 
 def test_the_minutes_of_a_tuning_are_those_of_the_slowest_fit():
     from fluogen.figures import fig5b_how_many as fig5b
+    from fluogen.report.claims import judge_claims
     fits = [{"method": "fluogen", "pairs": 30, "seconds a step": pace} for pace in (0.1, 0.3)] + [
         {"method": "care", "pairs": 30, "seconds a step": 9.0}, {"method": "fluogen", "pairs": 2, "seconds a step": 9.0}]
     claim, = (c for c in fig5b.fig5b_claims({"rows": [], "fits": fits}) if c["id"] == "tuning_minutes")
@@ -154,7 +155,7 @@ def made_up_record(real: bool, rival: float = 27.0) -> dict:
 
 
 def test_claims_of_figure_5_follow_the_records(monkeypatch):
-    from fluogen.report.claims import judge
+    from fluogen.report.claims import judge_claims
     from fluogen.figures import fig5_denoise as fig5
     from fluogen.uncertainty.consistency import Detection
     there = {("bench-denoise", "scores"): made_up_record(False), ("bench-denoise", "fmd"): made_up_record(True, 30.0),

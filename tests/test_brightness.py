@@ -9,7 +9,8 @@ from fluogen.simulation.pairs import simulate_targets
 from fluogen.models.zoo import load_weights
 from fluogen.experiments import brightness
 from fluogen.experiments.brightness import PROCESSES, BrightnessError, brightness_batch, compare_brightness, sample_data
-from fluogen.figures.fig3b_brightness import STATISTICS, fig3b_claims, fig3b_rows, mean_shift, summarize_fig3b
+from fluogen.figures.fig3b_brightness import FIG3B_CLAIMS, STATISTICS, fig3b_rows, mean_shift, measure_fig3b, summarize_fig3b
+from fluogen.report.claims import judge_claims
 from fluogen.simulation.stream import SceneStream
 
 DICE = np.random.default_rng(0)
@@ -31,7 +32,8 @@ def test_a_planted_bias_is_measured_with_its_sign():
     assert "-0.1" in summarize_fig3b(record, compared)
     over_v = compare_brightness(record, "mean", "v", n_boot=200)
     assert over_v["v"]["ratio"] == 1 and over_v["v-zero"]["ratio"] < 0.3
-    assert [claim["ci95"][1] <= claim.get("at_most", 1) for claim in fig3b_claims(compared, 1, over_v)] == [True] * 5
+    claims = judge_claims(FIG3B_CLAIMS, measure_fig3b(compared, 1, over_v))
+    assert [claim.ci95[1] <= (spec.at_most or 1) for spec, claim in zip(FIG3B_CLAIMS, claims, strict=True)] == [True] * 5
     assert len(fig3b_rows(compared, 300)) == 21
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluogen.report.claims import ClaimCard, ClaimError, judge, round_number, write_claims
+from fluogen.report.claims import ClaimCard, ClaimError, ClaimSpec, judge, judge_claims, round_number, summarize_claims, write_claims
 
 number = st.floats(-1e6, 1e6).map(round_number)
 
@@ -56,8 +56,8 @@ def test_written_exactly_as_the_design_says(tmp_path):
     write_claims(path, claims)
     rows = json.loads(path.read_text())
     assert rows[0] == {"id": "a", "claim": "A > B", "source": "paper", "expected": "≥ 1 dB", "measured": 1.235,
-                       "ci95": [1.0, 2.0], "holds": True, "why": ""}
-    assert rows[1]["holds"] is None and rows[1]["measured"] is None and rows[1]["ci95"] is None
+                       "ci95": [1.0, 2.0], "holds": True, "verdict": "holds", "why": ""}
+    assert rows[1]["verdict"] == "not measured" and rows[1]["holds"] is None and rows[1]["measured"] is None and rows[1]["ci95"] is None
 
 
 def test_a_refused_write_leaves_the_old_file(tmp_path):
@@ -75,3 +75,15 @@ def test_card_names_the_verdict_in_words_and_escapes():
     page = card._repr_html_()
     assert "does not hold" in page and "holds" in page and "<b>x</b>" not in page and "&lt;b&gt;" in page
     assert page.count("<tr>") == 3 and len(repr(card).splitlines()) == 3
+
+
+def test_specs_and_measurements_are_matched_by_id():
+    specs = [ClaimSpec("a", "A is large", "paper", at_least=1), ClaimSpec("b", "and larger than B", "paper", at_least=0, follows=True),
+             ClaimSpec("c", "C is small", "paper", at_most=1)]
+    claims = judge_claims(specs, {"a": {"measured": 2.0}, "b": {"measured": -1.0}, "c": {"measured": 5.0, "at_most": 9}}, "absent")
+    assert [claim.verdict for claim in claims] == ["holds", "fails", "holds"] and claims[2].expected == "≤ 9"
+    assert (claims[1].claim, claims[1].sentence) == ("... and larger than B", "A is large, and larger than B")
+    assert summarize_claims(claims) == "Held: A is large (2); C is small (5).\nDid not hold: A is large, and larger than B (-1)."
+    assert [claim.why for claim in judge_claims(specs, {}, "no record")] == ["no record"] * 3
+    with pytest.raises(ClaimError, match="without a claim"):
+        judge_claims(specs, {"d": {"measured": 1.0}})

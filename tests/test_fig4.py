@@ -9,10 +9,11 @@ from fluogen.experiments.harness import describe_stopping
 
 from fluogen.core import FluogenError
 from fluogen.io.image import write_image
-from fluogen.report.claims import judge
-from fluogen.figures import fig4_sr as fig4, fig4_sr as fig4_claims
-from fluogen.experiments import super_resolution as sr
-from fluogen.experiments.records import RecordError, best_baseline, compare_scores, join_folds, read_record, score_table
+from fluogen.report.claims import judge_claims, summarize_claims
+from fluogen.report.tables import METRICS, summarize_scores
+from fluogen.figures import fig4_sr as fig4
+from fluogen.experiments import super_resolution as bench30, super_resolution as scoring, super_resolution as thirty
+from fluogen.experiments.records import RecordError, read_record
 
 
 def write_pairs(folder, rows):
@@ -66,12 +67,12 @@ def made_up_record():
 def test_claims_follow_the_record():
     record = made_up_record()
     seconds = {"One sample": 0.4, "FluoGen direct": 0.05}
-    claims = {c["id"]: judge(**c) for c in fig4_claims.fig4_claims(record, seconds)}
+    claims = {c.id: c for c in judge_claims(fig4.FIG4_CLAIMS, fig4.measure_fig4(record, seconds))}
     assert claims["gain_psnr"].holds and abs(claims["gain_psnr"].measured - 1.0) < 0.1
     assert claims["control_gain"].holds is False and claims["over_bicubic"].holds and claims["every_structure"].holds
     assert claims["direct_speed"].measured == pytest.approx(0.4 / 4 * 10 / 0.05)
     assert claims["few_pairs"].holds is None and "many" in claims["few_pairs"].why     # nobody measured it
-    assert "Did not hold" in fig4_claims.describe_fig4(record, list(claims.values()), True)
+    assert "Did not hold" in summarize_claims(claims.values()) and "out of range" in fig4.describe_elsewhere(record)
     assert "4 passes took 0.40 s a field" in claims["few_passes"].why
 
 
@@ -84,8 +85,8 @@ def test_what_learned_nothing_stands_beside_every_draw():
 
 
 def test_nothing_is_claimed_without_a_record():
-    claims = [judge(**c) for c in fig4_claims.fig4_claims(None, {}, full=False)]
-    assert len(claims) == len(fig4_claims.FIG4_CLAIMS) and all(c.holds is None and c.why for c in claims)
+    claims = judge_claims(fig4.FIG4_CLAIMS, {}, "needs simulated fields")
+    assert len(claims) == len(fig4.FIG4_CLAIMS) and all(c.holds is None and c.why for c in claims)
 
 
 def test_the_best_baseline_is_credited_with_its_better_stopping_rule():
@@ -107,7 +108,7 @@ def test_where_less_is_better_the_best_baseline_has_the_least():
 def test_table_and_rows():
     fields = sr.draw_fields("held-out", 2, size_px=64)
     scores = {"a": [{"psnr": float(i), "ssim": 0.5} for i in range(8)], "b": [{"psnr": 1.0, "ssim": 0.9} for _ in range(8)]}
-    rows = fig4.summarize_fig4(scores, fields)
+    rows = summarize_scores(scores, fields.structures, each=True)
     overall = next(r for r in rows if (r["group"], r["method"], r["metric"]) == ("all", "a", "psnr"))
     assert overall["value"] == 3.5 and overall["n"] == 8 and overall["ci95"][0] < 3.5 < overall["ci95"][1]
     text = fig4.format_fig4_table(rows, {"a": 0.1, "b": 0.2})
@@ -190,10 +191,10 @@ def test_a_real_cell_is_in_one_set_only(clean_cells):
 
 @pytest.mark.parametrize("kind", sr.FIELD_KINDS)
 def test_every_kind_of_field_has_every_score(kind):
-    fields = sr.draw_fields(kind, 1, size_px=192)
-    rows = sr.score_sr_fields(fields.target[:, 0].numpy() * 0.9, fields)
-    assert all(set(row) == set(fig4.FIG4_METRICS) and all(np.isfinite(list(row.values()))) for row in rows)
-    stretched = sr.score_sr_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
+    fields = thirty.draw_fields(kind, 1, size_px=192)
+    rows = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9, fields)
+    assert all(set(row) == set(METRICS) and all(np.isfinite(list(row.values()))) for row in rows)
+    stretched = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
     assert min(row["psnr"] for row in stretched) > 90
 
 
@@ -222,7 +223,7 @@ def test_too_few_cells_are_refused(tmp_path):
 
 
 def test_unequal_pretraining_is_said_where_it_is_known():
-    said = fig4_claims.tell_pretraining({"pretraining": {"direct": 2000, "simulated": 1000}}, "direct", "simulated")
+    said = fig4.tell_pretraining({"pretraining": {"direct": 2000, "simulated": 1000}}, "direct", "simulated")
     assert "direct was pretrained for 2,000 steps, simulated for 1,000" in said and said.endswith("in favour of direct")
     for known in ({}, {"direct": 5}, {"direct": 5, "simulated": 5}):
-        assert fig4_claims.tell_pretraining({"pretraining": known}, "direct", "simulated") == ""
+        assert fig4.tell_pretraining({"pretraining": known}, "direct", "simulated") == ""

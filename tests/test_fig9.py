@@ -14,10 +14,10 @@ from fluogen.core import make_rng
 from fluogen.io.image import write_image
 from fluogen.simulation.microscopes import HELD_OUT, TRAIN, list_overlaps
 from fluogen.models.zoo import load_weights
-from fluogen.report.claims import judge
-from fluogen.figures.fig9_uncertainty import FIG9_COLUMNS, MapError, draw_interval_figure, map_panels
+from fluogen.report.claims import judge_claims
+from fluogen.figures.fig9_uncertainty import FIG9_COLUMNS, Fig9Error, draw_interval_figure, map_panels
 from fluogen.report.run import PROFILES
-from fluogen.figures import fig9_uncertainty as fig9, fig9_uncertainty as fig9_claims
+from fluogen.figures import fig9_uncertainty as fig9
 from fluogen.tasks.intervals import field_sets, load_heads
 from fluogen.tasks.restore import RestoreSettings
 from fluogen.uncertainty.calibration import calibrate_stream
@@ -170,7 +170,7 @@ def test_panels_and_picture():
     for profile in PROFILES:
         figure = draw_interval_figure({"ER": row}, {"ER": 1.0}, diagnosis, LEVELS, ways, guard, profile, {"5 to 8": interval})
         assert len(figure.axes) >= 12 and any("SNR 5 to 8" in [t.get_text() for t in a.get_yticklabels()] for a in figure.axes)
-    with pytest.raises(MapError):
+    with pytest.raises(Fig9Error):
         draw_interval_figure({"ER": {"Truth": truth}}, {"ER": 1.0}, diagnosis, LEVELS, ways, guard)
 
 
@@ -186,17 +186,18 @@ def facts(risk=0.08, worst=0.12):
 
 def test_claims_follow_the_numbers():
     promise = SimpleNamespace(alpha=0.1, delta=0.1)
-    held = {c["id"]: judge(**c) for c in fig9_claims.fig9_claims(facts(), promise)}
+    judged = lambda some: {claim.id: claim for claim in judge_claims(fig9.fig9_specs(0.1), fig9.measure_fig9(some, promise))}
+    held = judged(facts())
     assert held["risk"].holds and held["splits"].measured == 1.0 and "1 of 20 refused" in held["splits"].why and held["real_splits"].holds is False
     assert held["structure"].holds is False and "er" in held["structure"].why and held["signal"].holds is False and "5 to 8" in held["signal"].why and held["drift"].holds and held["drift_one"].holds is False
-    assert not judge(**next(c for c in fig9_claims.fig9_claims(facts(risk=0.11), promise) if c["id"] == "risk")).holds
+    assert judged(facts(risk=0.11))["risk"].holds is False
     none = facts()
     none["ways"]["three chains (paper)"]["width"] = None
-    assert next(c for c in fig9_claims.fig9_claims(none, promise) if c["id"] == "width_paper")["measured"] is None
-    rows = fig9_claims.summarize_fig9(none)
+    assert judged(none)["width_paper"].measured is None
+    rows = fig9.summarize_fig9(none)
     assert {tuple(row) for row in rows} == {("group", "method", "metric", "value", "ci95", "n")} and all(np.isfinite(row["value"]) for row in rows)
     assert {"signal-to-noise 5 to 8", "signal-to-noise 8 to 12"} <= {row["group"] for row in rows}
-    assert "Did not hold" in fig9_claims.describe_fig9(none, list(held.values()), promise) and "Missed more often than that: er" in fig9_claims.describe_fig9(none, [], promise)
+    assert "Did not hold" in fig9.describe_fig9(none, list(held.values()), promise) and "Missed more often than that: er" in fig9.describe_fig9(none, [], promise)
 
 
 def test_nothing_certified_is_an_error_not_a_picture():

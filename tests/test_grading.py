@@ -9,7 +9,8 @@ from toys import save_toy
 from fluogen.metrics.memorization import shrink_images
 from fluogen.experiments import generation as grading
 from fluogen.models.image_encoder import load_encoder
-from fluogen.figures.fig3_synthesis import fig3_claims, fig3_rows, format_grades, open_grades, summarize_fig3
+from fluogen.figures.fig3_synthesis import FIG3_CLAIMS, fig3_rows, format_grades, measure_fig3, open_grades, summarize_fig3
+from fluogen.report.claims import judge_claims
 from fluogen.tasks.generate import GenerateError
 from fluogen.experiments.generation import (
     IMAGES_A_BLOCK, GradingError, block_prompts, disguise, draw_variant, grade_copies, grade_set, held_out_specimens)
@@ -71,13 +72,13 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
     monkeypatch.setattr("fluogen.models.zoo.weight_folders", lambda: [tmp_path])
     found, why = open_grades(record["weights"])
     assert why == "" and "ten passes" in format_grades(found) and summarize_fig3(found, "")
-    claims = {claim["id"]: claim for claim in fig3_claims(found, "")}
-    assert all(claim.get("measured") is not None or claim["why"] for claim in claims.values())
-    assert f"{found['grades']['held-out scenes']['fidelity']:.3f} of as many held-out scenes" in claims["fidelity"]["why"]
+    claims = {claim.id: claim for claim in judge_claims(FIG3_CLAIMS, measure_fig3(found))}
+    assert all(claim.measured is not None or claim.why for claim in claims.values())
+    assert f"{found['grades']['held-out scenes']['fidelity']:.3f} of as many held-out scenes" in claims["fidelity"].why
     assert all(row["n"] > 0 for row in fig3_rows(found, {"a": [np.zeros((4, 4))]}, {"a": np.zeros((4, 4))}))
     none, why = open_grades("other@123")
     assert none is None and "other@123" in why and "score-prior" in why
-    assert all(claim["measured"] is None and claim["why"] for claim in fig3_claims(none, why))
+    assert all(claim.measured is None and claim.why for claim in judge_claims(FIG3_CLAIMS, measure_fig3(none), why))
 
 
 def test_copies_are_looked_for_in_the_scenes_of_every_training(monkeypatch):

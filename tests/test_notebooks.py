@@ -55,7 +55,7 @@ def test_figure_smoke(figure, tmp_path):
     assert found["run"]["status"] == "complete" and found["run"]["parameters"]["profile"] == "smoke"
     assert {"figure", "profile", "dataset", "conventions", "rows"} <= found["metrics"].keys() and found["metrics"]["rows"]
     assert all({"group", "method", "metric", "value", "ci95", "n"} <= row.keys() for row in found["metrics"]["rows"])
-    keys = {"id", "claim", "source", "expected", "measured", "ci95", "holds", "why"}
+    keys = {"id", "claim", "source", "expected", "measured", "ci95", "holds", "verdict", "why"}
     assert found["claims"] and all(keys <= claim.keys() for claim in found["claims"])
 
 
