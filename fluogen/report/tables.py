@@ -65,7 +65,7 @@ def format_table(
 
     def show(value, column):
         text = "" if value is None else value if isinstance(value, str) else format(value, (specs or {}).get(column, spec))
-        return text + (" *"[value == tops[column]] if column in tops else "")
+        return text + ("" if column not in tops else "*" if value == tops[column] else " ")
     head = [title, *(heading + " " * (column in tops) for column, heading in columns.items())]
     lines = [head] + [[name, *(show(row.get(column), column) for column in columns)] for name, row in cells.items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
