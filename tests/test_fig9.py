@@ -108,8 +108,8 @@ def test_the_guard_of_the_figure(toys):
     known = fig9.draw_fig9_fields(66, 32, seed=3).counts[:, 0].numpy()
     inputs = [describe_image(c) for c in known]
     drifts = fig9.draw_drifts(22, 32)
-    assert fig9.turned_away(inputs, drifts["as calibrated"]) <= 0.2
-    together = {name: fig9.turned_away_together(inputs, images, 20, 20) for name, images in drifts.items()}
+    assert fig9.flagged_fraction(inputs, drifts["as calibrated"]) <= 0.2
+    together = {name: fig9.flagged_together(inputs, images, 20, 20) for name, images in drifts.items()}
     assert together["as calibrated"] <= 0.1 and together["gain x 2"] == together["optics out of range"] == 1.0
     left = fig9.leave_structures_out(toys[:66], known, fig9.draw_fig9_fields(66, 32, seed=3).structures, 0.3, 0.1)
     assert len(left) == 11 and all(share in (0.0, 1.0) for share, _ in left.values())

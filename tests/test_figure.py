@@ -10,8 +10,8 @@ from scipy import ndimage
 from fluogen.figures.fig5b_how_many import draw_curves
 from fluogen.core import FluogenError
 from fluogen.report.plotting import (
-    LUT_POINTS, FigureError, check_picture, choose_zoom, display_range, get_lut, image_grid, picture_style,
-    reduce_colours, save_picture)
+    LUT_POINTS, FigureError, check_figure_path, choose_zoom, display_range, get_lut, image_grid, figure_style,
+    reduce_colours, save_figure)
 from fluogen.report.widgets import LiveCurve
 
 
@@ -153,7 +153,7 @@ def test_profile_in_the_corner(profile, seen):
 def test_pictures_stay_small_and_readable(tmp_path):
     columns = ("widefield", "RL", "CARE", "DFCAN", "RCAN", "FluoGen", "truth")
     noisy = {row: {c: np.random.default_rng(1).random((256, 256)) for c in columns} for row in ("ER", "F-actin", "CCPs", "Microtubules")}
-    path = save_picture(image_grid(noisy, 8.0, reference="truth"), tmp_path / "figure.png")
+    path = save_figure(image_grid(noisy, 8.0, reference="truth"), tmp_path / "figure.png")
     assert path.stat().st_size <= 300_000 and Image.open(path).size[0] >= 400     # pure noise is the worst case
     assert [entry.name for entry in tmp_path.iterdir()] == ["figure.png"]
 
@@ -164,7 +164,7 @@ def test_few_colours_draw_no_contour_lines(tmp_path):
     prompts = ("RNA of U2OS", "ER of COS-7", "Nuclei of PC-3", "ER of U2OS", "F-actin of COS-7")
     soft = {p: {str(i): ndimage.gaussian_filter(scene(5 * i + k) ** 2, 4) for i in range(2)} for k, p in enumerate(prompts)}
     figure = image_grid(soft, 8.0, reference="0")
-    path, raw = save_picture(figure, tmp_path / "figure.png", max_kb=90), io.BytesIO()
+    path, raw = save_figure(figure, tmp_path / "figure.png", max_kb=90), io.BytesIO()
     figure.savefig(raw, format="png", dpi=round(Image.open(path).info["dpi"][0]))
     few, all_colours = (np.asarray(Image.open(file).convert("RGB"), float) for file in (path, raw))
     assert Image.open(path).mode == "P" and np.percentile(np.abs(few - all_colours).max(2), 99) <= 20
@@ -172,7 +172,7 @@ def test_few_colours_draw_no_contour_lines(tmp_path):
 
 def test_style_leaves_no_trace():
     before = dict(matplotlib.rcParams)
-    with picture_style():
+    with figure_style():
         assert matplotlib.rcParams["font.size"] == 8
     assert dict(matplotlib.rcParams) == before
 
@@ -180,17 +180,17 @@ def test_style_leaves_no_trace():
 def test_a_picture_never_replaces_what_this_package_did_not_draw(tmp_path):
     import matplotlib.pyplot as plt
     figure, ours, theirs = plt.figure(figsize=(1, 1)), tmp_path / "sheet.png", tmp_path / "cell.png"
-    check_picture(ours)
+    check_figure_path(ours)
     for limit in (300, 1):                                                  # whole, and in 256 colours
-        save_picture(figure, ours, dpi=60, max_kb=limit)
-        check_picture(ours)
+        save_figure(figure, ours, dpi=60, max_kb=limit)
+        check_figure_path(ours)
     Image.new("L", (4, 4)).save(theirs)
     (tmp_path / "notes.png").write_text("mine")
     for wrong, said in ((theirs, "did not draw"), (tmp_path / "notes.png", "did not draw"), (tmp_path / "raw.tif", "ends in .png")):
         with pytest.raises(FluogenError, match=said):
-            check_picture(wrong)
+            check_figure_path(wrong)
     with pytest.raises(FluogenError, match="a picture is a PNG"):
-        save_picture(figure, tmp_path / "raw.tif")
+        save_figure(figure, tmp_path / "raw.tif")
     plt.close(figure)
 
 

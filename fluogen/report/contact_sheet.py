@@ -11,10 +11,10 @@ import numpy as np
 from ..core import FluogenError
 from ..io.image import read_image
 from ..datasets.check import ADVICE, Report
-from .plotting import FigureError, display_range, picture_style
+from .plotting import FigureError, display_range, figure_style
 
 # %% ../../nbs/lib/report/60_contact_sheet.ipynb #f20f2c42
-QUIET = ("8-bit", "pixel-size", "mixed")        # findings that say nothing about a single picture
+QUIET = ("8-bit", "pixel-size", "mixed")        # findings that say nothing about a single image
 
 
 def choose_pairs(
@@ -79,7 +79,7 @@ def draw_sheet(
         raise FigureError("no image that could be read", where=report.source)
     across = min(across, len(rows))
     down = -(-len(rows) // across)
-    with picture_style():
+    with figure_style():
         figure, axes = plt.subplots(down, 2 * across, figsize=(2.2 * across, 1.4 * down + 0.35), squeeze=False,
                                     gridspec_kw=dict(wspace=0.04, hspace=0.32, left=0.01, right=0.99, bottom=0.01,
                                                      top=1 - 0.55 / (1.4 * down + 0.35)))

@@ -21,12 +21,12 @@ class Canvas:
         self.canvas.set(xlim=(0, width), ylim=(height, 0))
         self.canvas.axis("off")
 
-    def picture(self, image, x, y, size, title="", lut="gray", limits=None, below=""):
+    def image(self, pixels, x, y, size, title="", lut="gray", limits=None, below=""):
         "A thumbnail with a title above and a line below."
         axis = self.figure.add_axes((x / self.width, 1 - (y + size) / self.height, size / self.width,
                                      size / self.height), zorder=2)
-        low, high = limits or (float(np.min(image)), float(np.max(image)))
-        axis.imshow(image, cmap=get_lut(lut) if isinstance(lut, str) else lut, vmin=low,
+        low, high = limits or (float(np.min(pixels)), float(np.max(pixels)))
+        axis.imshow(pixels, cmap=get_lut(lut) if isinstance(lut, str) else lut, vmin=low,
                     vmax=high if high > low else low + 1)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_linewidth(0.5)

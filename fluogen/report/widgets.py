@@ -10,14 +10,14 @@ import os
 import sys
 from importlib.util import find_spec
 
-from .plotting import FigureError, get_lut, picture_style
+from .plotting import FigureError, get_lut, figure_style
 
 # %% ../../nbs/lib/report/70_widgets.ipynb #c5034bb6
 class LiveCurve:
     "Callback that collects validations as PSNR over steps; `figure()` draws them."
     def __init__(self,
         start: float | None = None,     # dB before the first step, drawn as a dotted line
-        label: str = "cells set aside",
+        label: str = "held-out cells",
         live: bool | None = None,       # redraw in a notebook; None: where there is one
     ):
         self.start, self.label, self.points, self.handle = start, label, [], None
@@ -43,7 +43,7 @@ class LiveCurve:
     def figure(self):
         "The curve so far; the best point is marked."
         import matplotlib.pyplot as plt
-        with picture_style():
+        with figure_style():
             figure, axis = plt.subplots(figsize=(3.6, 2.0), layout="constrained")
             if self.points:
                 axis.plot(*zip(*self.points), marker=".", color="#1d4ed8", label=self.label)
@@ -84,16 +84,16 @@ def has_audience() -> bool:
 
 # %% ../../nbs/lib/report/70_widgets.ipynb #f99dece1
 def draw_row(
-    images,                 # N pictures (Y, X), unit range
+    images,                 # N images (Y, X), unit range
     titles=(),              # N lines above them
     prompt: str = "",       # gives the look-up table; "": grey
-    inch: float = 1.3,      # side of a picture
+    inch: float = 1.3,      # side of an image
 ):                          # -> a matplotlib Figure
-    "Pictures side by side, black is 0, white is 1."
+    "Images side by side, black is 0, white is 1."
     import matplotlib.pyplot as plt
     if not len(images):
-        raise FigureError("no picture to draw", where="images")
-    with picture_style():
+        raise FigureError("no image to draw", where="images")
+    with figure_style():
         figure, axes = plt.subplots(1, len(images), figsize=(inch * len(images), inch + 0.25), squeeze=False,
                                     gridspec_kw=dict(wspace=0.04, left=0, right=1, bottom=0,
                                                      top=inch / (inch + 0.25)))
