@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluogen.report.claims import ClaimCard, ClaimError, ClaimSpec, judge, judge_claims, round_number, summarize_claims, write_claims
+from fluogen.report import claims as claims_module
+from fluogen.report.claims import ClaimCard, ClaimError, ClaimSpec, judge_claims, round_number, summarize_claims, write_claims
+
+
+def judge(id, claim, source, measured, ci95=None, why="", **condition):
+    "A claim stated and judged at once."
+    return claims_module.judge(ClaimSpec(id, claim, source, **condition), measured, ci95, why)
+
 
 number = st.floats(-1e6, 1e6).map(round_number)
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fluogen.core import DeviceError, FluogenError
-from fluogen.report.claims import judge
+from fluogen.report.claims import ClaimSpec, judge
 from fluogen.report.run import Between, ParameterError
 from fluogen.report.run import figures_folder, open_run, save_results, write_metrics
 
@@ -114,7 +114,7 @@ def test_numbers_are_written_as_the_design_says(home):
 
 def test_everything_in_one_call(home):
     run = begin()
-    card = save_results(run, Figure((1, 1)), "simulated", {}, [ROW], [judge("a", "b", "c", 1, at_least=0)], weights=["nano@abc"])
+    card = save_results(run, Figure((1, 1)), "simulated", {}, [ROW], [judge(ClaimSpec("a", "b", "c", at_least=0), 1)], weights=["nano@abc"])
     assert {path.name for path in run.folder.iterdir()} == {"figure.png", "metrics.json", "claims.json", "run.json"}
     assert record(run)["weights"] == ["nano@abc"] and record(run)["status"] == "running" and card.claims[0].holds
 

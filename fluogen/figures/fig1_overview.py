@@ -20,7 +20,7 @@ from ..models.zoo import Weights
 from ..tasks.generate import check_size
 from ..report.claims import ClaimSpec
 from ..report.plotting import mark_profile, figure_style
-from ..report.schematic import Canvas
+from ..report.schematic import Schematic
 
 # %% ../../nbs/lib/figures/10_fig1_overview.ipynb #d37c538e
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def measure_fig1(seen: Overview) -> dict[str, dict]:        # id of FIG1_CLAIMS 
 def draw_overview(seen, profile: str = "paper"):
     "Training above, sampling below, from `fluogen.figures.fig1_overview.trace_prior`."
     with figure_style():
-        page, span = Canvas(7.6, 4.9), (-1.3, 1.3)
+        page, span = Schematic(7.6, 4.9), (-1.3, 1.3)
         _draw_training(page, seen, span)
         _draw_sampling(page, seen, span)
         mark_profile(page.figure, profile)

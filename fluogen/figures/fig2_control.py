@@ -24,7 +24,7 @@ from ..training.learners import DirectLearner
 from ..recipes.denoising import held_out_fields, psnr_light
 from ..report.claims import ClaimSpec
 from ..report.plotting import mark_profile, figure_style
-from ..report.schematic import Canvas
+from ..report.schematic import Schematic
 from .fig1_overview import flat
 
 # %% ../../nbs/lib/figures/20_fig2_control.ipynb #2eca41ae
@@ -111,7 +111,7 @@ def measure_fig2(seen: ControlTrace, others: dict, full: bool = True) -> dict[st
 def draw_control(seen, others: dict, made, made_prompt: str, profile: str = "paper"):
     "Inputs above, branch and backbone between, outputs below, from `fluogen.figures.fig2_control.trace_control`."
     with figure_style():
-        page = Canvas(7.0, 6.4)
+        page = Schematic(7.0, 6.4)
         _draw_inputs(page, seen, others, made_prompt)
         _draw_branch(page, seen)
         _draw_outputs(page, seen, others, made, made_prompt)
