@@ -134,7 +134,7 @@ def test_a_missing_method_says_so():
 
 
 @pytest.mark.parametrize(("change", "field", "word"), [
-    ({"truth": None}, 4.0, "no reference panel"), ({"a": np.ones((8, 8, 3))}, 4.0, "no grey image"),
+    ({"truth": None}, 4.0, "no reference panel"), ({"a": np.ones((8, 8, 3))}, 4.0, "not a grey image"),
     ({"a": np.ones((8, 16))}, 4.0, "same field"), ({}, 0, "no field width"), ({}, {"CCPs": 4.0}, "no field width"),
     ({"truth": np.full((8, 8), np.nan), "a": None, "widefield": None}, 4.0, "no finite pixel")])
 def test_what_cannot_be_compared_is_refused(change, field, word):
@@ -189,7 +189,7 @@ def test_a_picture_never_replaces_what_this_package_did_not_draw(tmp_path):
     for wrong, said in ((theirs, "did not draw"), (tmp_path / "notes.png", "did not draw"), (tmp_path / "raw.tif", "ends in .png")):
         with pytest.raises(FluogenError, match=said):
             check_figure_path(wrong)
-    with pytest.raises(FluogenError, match="a picture is a PNG"):
+    with pytest.raises(FluogenError, match="a figure is saved as PNG"):
         save_figure(figure, tmp_path / "raw.tif")
     plt.close(figure)
 
