@@ -138,9 +138,9 @@ def test_the_minutes_of_a_tuning_are_those_of_the_slowest_fit():
     from fluogen.report.claims import judge_claims
     fits = [{"method": "fluogen", "pairs": 30, "seconds a step": pace} for pace in (0.1, 0.3)] + [
         {"method": "care", "pairs": 30, "seconds a step": 9.0}, {"method": "fluogen", "pairs": 2, "seconds a step": 9.0}]
-    claim, = (c for c in fig5b.fig5b_claims({"rows": [], "fits": fits}) if c["id"] == "tuning_minutes")
+    claim = fig5b.measure_fig5b({"rows": [], "fits": fits})["tuning_minutes"]
     assert abs(claim["measured"] - 0.3 * TUNE_CONFIG.steps / 60) < 1e-9 and "slowest of 2 fits" in claim["why"]
-    assert fig5b.fig5b_claims(None)[-1]["measured"] is None
+    assert judge_claims(fig5b.FIG5B_CLAIMS, fig5b.measure_fig5b(None), fig5b.UNMEASURED)[-1].measured is None
 
 
 def made_up_record(real: bool, rival: float = 27.0) -> dict:
@@ -161,7 +161,8 @@ def test_claims_of_figure_5_follow_the_records(monkeypatch):
     there = {("bench-denoise", "scores"): made_up_record(False), ("bench-denoise", "fmd"): made_up_record(True, 30.0),
              ("bench-denoise", "w2s"): made_up_record(True, 29.02)}
     monkeypatch.setattr(fig5, "find_record", lambda bench, name="scores": there.get((bench, name)))
-    claims = {c["id"]: judge(**c) for c in fig5.fig5_claims(np.array([0.03, 0.04, np.nan]), Detection(0.95, 0.5, 40, 0.02))}
+    judged = lambda *measured: judge_claims(fig5.FIG5_CLAIMS, fig5.measure_fig5(*measured), "measured on simulated fields")
+    claims = {claim.id: claim for claim in judged(np.array([0.03, 0.04, np.nan]), Detection(0.95, 0.5, 40, 0.02))}
     assert claims["gain_psnr"].holds and abs(claims["gain_psnr"].measured - 1) < 0.2 and "care" in claims["gain_psnr"].why
     assert claims["gain_ms_ssim"].holds and claims["prior_worth"].holds and claims["thirty_pairs"].holds is False
     assert claims["fmd_over_input"].holds and claims["fmd_over_input"].measured > 8
@@ -170,5 +171,5 @@ def test_claims_of_figure_5_follow_the_records(monkeypatch):
     assert claims["noise_estimate"].holds and "2 of them" in claims["noise_estimate"].why
     assert claims["guard_added"].holds and claims["guard_removed"].holds is False
     there.clear()
-    nothing = fig5.fig5_claims(None, None)
-    assert not [c for c in nothing if c["measured"] is not None] and all("fluogen train" in c["why"] or "measured on" in c["why"] for c in nothing)
+    nothing = judged(None, None)
+    assert not [c for c in nothing if c.measured is not None] and all("fluogen train" in c.why or "measured on" in c.why for c in nothing)

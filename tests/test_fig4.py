@@ -12,8 +12,8 @@ from fluogen.io.image import write_image
 from fluogen.report.claims import judge_claims, summarize_claims
 from fluogen.report.tables import METRICS, summarize_scores
 from fluogen.figures import fig4_sr as fig4
-from fluogen.experiments import super_resolution as bench30, super_resolution as scoring, super_resolution as thirty
-from fluogen.experiments.records import RecordError, read_record
+from fluogen.experiments import super_resolution as sr
+from fluogen.experiments.records import RecordError, best_baseline, compare_scores, join_folds, read_record, score_table
 
 
 def write_pairs(folder, rows):

@@ -134,13 +134,13 @@ def run_check(args, log) -> int:
     if args.manifest:
         check_writable(args.manifest, ".jsonl")
     if args.sheet:
-        from fluogen.report.plotting import check_picture, save_picture
-        check_picture(args.sheet)
+        from fluogen.report.plotting import check_figure_path, save_figure
+        check_figure_path(args.sheet)
     report = check_data(args.input, lambda done, of, show=Progress(1): show(source, done, of))
     print("\n".join([*report.summary(), *report.lines()]), flush=True)
     if args.sheet:
         from fluogen.report.contact_sheet import draw_sheet
-        log(f"contact sheet: {save_picture(draw_sheet(report), args.sheet, max_kb=2000)}")
+        log(f"contact sheet: {save_figure(draw_sheet(report), args.sheet, max_kb=2000)}")
     manifest = None if source.is_dir() and not (source / "manifest.jsonl").is_file() else args.input
     if args.manifest:
         check_replaceable(args.manifest, report.records)
