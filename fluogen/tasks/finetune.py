@@ -185,7 +185,8 @@ def describe_result(made: FinetuneResult, learner: Learner, weights: Weights, so
     if masks:
         limits = "Synthetic, not measured: what no mask says (texture, focus, debris) is the model's invention."
         scores = {"overlap of drawn objects with their masks": made.follows, "of measured objects": made.measured,
-                  "of drawn objects with another mask": made.chance, "denoising loss before": made.before, "denoising loss after": made.after}
+                  "of drawn objects with another mask": made.chance,
+                  "denoising loss before": made.before, "denoising loss after": made.after}
     return {"summary": f"Draws synthetic images for masks: {weights.id} with a branch, tuned on {file}." if masks
             else f"{weights.id} tuned on {file}.",
             "data": f"{made.n_train} tiles to learn from, {made.n_held} of other groups to stop by.",
@@ -255,7 +256,8 @@ def finetune(
     made = FinetuneResult(task, name, folder, before, after, len(training), len(held), result.step, alarm, **more)
     about = {key: weights.config.get(key) for key in ("task", "adaptation", "scale", "schedule", "norm", "direct")}
     if masks:
-        about |= {"task": task, "adaptation": "control", "scale": 1, "schedule": asdict(weights.schedule.config), "norm": norm, "direct": None}
+        about |= {"task": task, "adaptation": "control", "scale": 1, "norm": norm, "direct": None}
+        about |= {"schedule": asdict(weights.schedule.config)}
     else:
         about |= {"norm": shown_norm(records, norm, log)} | ({"camera": list(camera)} if camera else {})
     keep_weights(made, learner, base or weights.name, about, describe_result(made, learner, weights, source, config, peft), source)
