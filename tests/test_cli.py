@@ -241,7 +241,7 @@ def test_progress_on_a_terminal_and_in_a_log(monkeypatch):
         stream = io.StringIO()
         stream.isatty = lambda live=live: live
         monkeypatch.setattr(sys, "stderr", stream)
-        progress = say.Progress(2)
+        progress = say.ProgressLine(2)
         for source in ("a.tif", "b.tif"):
             for done in range(1, 101):
                 progress(Path(source), done, 100)

@@ -29,7 +29,7 @@ from fluogen.models.zoo import list_weights, load_weights, save_weights
 from fluogen.recipes import interval_heads as exposed, interval_heads as heads
 from fluogen.tasks.intervals import calibrate_source, load_interval_restorer, read_field
 from fluogen.tasks.intervals import as_shown, calibrate_fields, field_sets, load_heads, measured_unit, restore_sets
-from fluogen.datasets.pairs import NoisyPairError
+from fluogen.datasets.pairs import UnusablePairError
 from fluogen.tasks.restore import restore_unit
 from fluogen.simulation.stream import SceneStream
 from fluogen.tasks.restore import RestoreSettings
@@ -195,7 +195,7 @@ def test_own_noisy_pairs_on_any_scale(toy, tmp_path):
     found = calibrate_source(path, weights, alpha=0.3, heads=own, settings=RestoreSettings(camera=CAMERA))
     assert found.n == 24 and found.facts["normalisation"] == "stabilise, noise stated"
     write_image(tmp_path / "clean3.tif", read_image(tmp_path / "noisy3.tif").array)
-    with pytest.raises(NoisyPairError, match="same pixels"):
+    with pytest.raises(UnusablePairError, match="same pixels"):
         read_field(records[3], weights)
     with pytest.raises(CalibrationError, match="not a pair"):
         read_field(replace(records[0], conditioning_image=None), weights)

@@ -191,10 +191,10 @@ def test_a_real_cell_is_in_one_set_only(clean_cells):
 
 @pytest.mark.parametrize("kind", sr.FIELD_KINDS)
 def test_every_kind_of_field_has_every_score(kind):
-    fields = thirty.draw_fields(kind, 1, size_px=192)
-    rows = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9, fields)
+    fields = sr.draw_fields(kind, 1, size_px=192)
+    rows = sr.score_sr_fields(fields.target[:, 0].numpy() * 0.9, fields)
     assert all(set(row) == set(METRICS) and all(np.isfinite(list(row.values()))) for row in rows)
-    stretched = scoring.score_sr_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
+    stretched = sr.score_sr_fields(fields.target[:, 0].numpy() * 0.9 + 0.05, fields, full=False, affine=True)
     assert min(row["psnr"] for row in stretched) > 90
 
 

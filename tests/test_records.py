@@ -41,7 +41,7 @@ def test_a_failure_leaves_nothing_and_is_not_kept(tmp_path):
 
 def test_rows_are_by_field_and_the_record_is_json():
     class Fields:
-        structures, groups = ["er", "ccps"], ["a", "b"]
+        structures, groups, own_groups = ["er", "ccps"], ["a", "b"], False
     row = score_row("held-out", "care", 0, "ever", [{"psnr": 27.0}, {"psnr": 28.0}])
     made = describe_results([row], [{"method": "care"}], {"held-out": Fields}, [None], seeds=[0])
     assert made["rows"][0]["scores"] == {"psnr": [27.0, 28.0]} and made["fields"] == {"held-out": ["er", "ccps"]}

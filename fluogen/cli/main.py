@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..core import FluogenError, choose_device, resolve
-from .console import Progress, say
+from .console import ProgressLine, say
 from .parser import COMMANDS, make_parser
 
 # %% ../../nbs/lib/cli/40_main.ipynb #0de6f563
@@ -40,7 +40,7 @@ def run_restore(args, log) -> int:
         from fluogen.tasks.intervals import load_interval_restorer
         options["certified"] = load_interval_restorer(weights, settings, args.calibration, args.model)
         log(f"interval: {options['certified'].calibration}")
-    for source, target, outcome in restore_files(files, weights, settings, Progress(len(files)), **options):
+    for source, target, outcome in restore_files(files, weights, settings, ProgressLine(len(files)), **options):
         if isinstance(outcome, FluogenError):
             bad.append(outcome)
             log(f"fluogen: {outcome}")
@@ -84,7 +84,7 @@ def run_calibrate(args, log) -> int:
     weights = load_for_task(args.task, args.samples, args.model, choose_device(args.device))
     family = args.family or choose_family(weights, settings, args.model)
     heads = load_heads(weights, args.model) if family in HEADED else None
-    total, progress = len(load_dataset(args.manifest)), Progress(1)
+    total, progress = len(load_dataset(args.manifest)), ProgressLine(1)
     found = calibrate_source(args.manifest, weights, settings, args.alpha, args.delta, heads, family, log=log,
                              callback=lambda done: progress(Path(args.manifest), done, total))
     out = Path(args.out or f"calibration-{weights.name}.json")
@@ -116,7 +116,7 @@ def run_generate(args, log) -> int:
     weights = load_weights(args.model, device)
     log(f"{weights.id} on {device}, {len(args.prompts)} prompt{'s' * (len(args.prompts) > 1)} x {args.n}")
     found = list(generate_files(args.prompts, args.n, settings, weights, args.out, args.suffix,
-                                callback=lambda done, of, show=Progress(1): show(Path("images"), done, of)))
+                                callback=lambda done, of, show=ProgressLine(1): show(Path("images"), done, of)))
     print(*(path for path, _ in found), sep="\n", flush=True)
     kept = sum(there for _, there in found)
     log(f"{len(found)} synthetic image{'s' * (len(found) > 1)} in {Path(args.out)}{f', {kept} of them there already' * (kept > 0)}; "
@@ -136,7 +136,7 @@ def run_check(args, log) -> int:
     if args.sheet:
         from fluogen.report.plotting import check_figure_path, save_figure
         check_figure_path(args.sheet)
-    report = check_data(args.input, lambda done, of, show=Progress(1): show(source, done, of))
+    report = check_data(args.input, lambda done, of, show=ProgressLine(1): show(source, done, of))
     print("\n".join([*report.summary(), *report.lines()]), flush=True)
     if args.sheet:
         from fluogen.report.contact_sheet import draw_sheet

@@ -24,7 +24,7 @@ from ..preprocessing.anscombe import NORM_ANSCOMBE, anscombe_input
 from ..preprocessing.labels import LABEL_NORMS, show_labels
 from ..preprocessing.noise import (
     NoiseError, NoiseModel, estimate_noise, estimate_noise_frames, estimate_noise_pair)
-from ..preprocessing.normalize import parse_norm, parse_rule, scale_to_unit
+from ..preprocessing.normalize import parse_norm, scale_to_unit
 from ..preprocessing.registration import measure_shift
 from .image_stats import (
     BLOCKS, NOISIER, SHIFT_PX, are_strangers, make_thumbnail, measure_blocks, noise_ratio, snr_correlation)
@@ -111,7 +111,7 @@ MASK_NORM = "labels:binary"                 # how a network is shown a mask
 
 def target_rule(rule: str) -> str:
     "The rule of a target whose input is scaled by `rule`."
-    kind, _, high = parse_rule(rule)
+    kind, _, high = parse_norm(rule)
     return f"percentile:0,{high:g}" if kind == "percentile" else rule
 
 
@@ -125,10 +125,10 @@ def stated_rule(record, norm: str = NORM_PERCENTILE) -> str:
     if norm == NORM_ANSCOMBE and kind != "dtype":
         raise ManifestError("denoising takes counts as they are stored", where=f"{record.where}:norm", found=record.norm, expected="dtype",
                             hint="Drop the key norm.")
-    if norm in LABEL_NORMS and parse_rule(rule) != parse_rule(NORM_PERCENTILE):
+    if norm in LABEL_NORMS and parse_norm(rule) != parse_norm(NORM_PERCENTILE):
         raise ManifestError(f"masks are shown as {norm}, their images by percentiles", where=f"{record.where}:norm", found=record.norm,
                             expected=NORM_PERCENTILE, hint="Drop the key norm.")
-    fixed = norm == NORM_ANSCOMBE or norm in LABEL_NORMS or parse_rule(rule) == parse_rule(norm)
+    fixed = norm == NORM_ANSCOMBE or norm in LABEL_NORMS or parse_norm(rule) == parse_norm(norm)
     return norm if fixed else rule
 
 

@@ -221,7 +221,7 @@ def draw_denoise_fields(fold: int, dataset: str, n_per_row: int = 2) -> dict[str
 # %% ../../nbs/lib/experiments/50_denoising.ipynb #5c3dee99
 DENOISE_BENCH = Benchmark(
     "bench-denoise", "denoise", DENOISE_METHODS, DENOISE_LEARNED, build_denoise_learner, draw_denoise_pairs, draw_denoise_fields,
-    restore_denoise_fields, score_denoise_fields, list_folds=list_folds, classical=classical_denoisers, build_network=build_denoiser,
+    restore_denoise_fields, score_denoise_fields, list_folds=list_folds, classical=classical_denoisers,
     shipped=("care", "unet-rcan", "noise2void", "direct"), n_fields=2, size_key="n_per_row",
     about={"task": "denoise", "scale": 1, "norm": NORM_ANSCOMBE},
     card={"summary": "{method}, fitted on thirty simulated noisy pairs: a column of figure 5, not for use.",

@@ -17,7 +17,8 @@ import torch
 
 from ..core import FluogenError
 from ..io.files import atomic_write, write_json, write_json_once
-from ..models.cards import licence_after, module_configs, name_hardware
+from ..simulation.microscopes import TRAIN
+from ..models.cards import describe_licence, facts_of, module_configs, name_hardware
 from ..models.packing import pack_state, unpack_state
 from ..models.unet import Backbone
 from ..models.zoo import Weights, load_weights, save_weights
@@ -73,7 +74,6 @@ class Benchmark:
     variants: Callable | None = None    # (method, test set) -> {variant: options of `restore_fields`}; None: one
     classical: Callable | None = None   # (seed, dataset) -> {name: fields -> (B,H,W)}: methods without training, tuned on a draw
     classical_each_draw: bool = True    # tuned for every draw; else once a fold
-    build_network: Callable | None = None       # name -> plain network, to open what was shipped
     default: tuple = ()                 # methods of a call that names none; empty: all
     shipped: tuple = ()                 # methods whose weights of the first draw a figure shows
     n_fields: int = 4                   # test fields, of each structure
@@ -262,14 +262,17 @@ def ship_method(bench: Benchmark, folder: Path, work: str | Path, report: dict) 
              "schedule": None if plain else vars(learner.schedule.config),
              "direct": vars(learner.config) if hasattr(learner, "config") else None,
              "modules": {"network": {"name": report["method"]}} if plain else module_configs(learner.modules), **bench.about}
-    card = {"licence": licence_after(load_weights(method.packing["base"]) if method.packing["base"] else None),
+    base = method.packing["base"]
+    facts = facts_of(load_weights(base) if base else None, optics=TRAIN.name, steps=report["steps"])
+    card = {"licence": describe_licence(facts),
             "training": {"minutes in steps": round(report["steps"] * report["seconds a step"] / 60, 1),
                          "hardware": report.get("hardware", "CPU"),
                          **{key: report[key] for key in ("steps", "best step", "seconds a step", "parameters", "validation dB")}},
             "limits": "Made for a comparison: trained on thirty small fields.",
             "recipe": f"fluogen benchmark {bench.command}", "scores": f"see {bench.name}/scores.json",
             **{key: text.format(method=report["method"], seed=report["seed"]) for key, text in bench.card.items()}}
-    return save_weights(folder, {name: module.state_dict() for name, module in learner.modules.items()}, about, card, **method.packing)
+    return save_weights(folder, {name: module.state_dict() for name, module in learner.modules.items()}, about, card, facts=facts,
+                        **method.packing)
 
 
 def load_learner(name: str, bench: Benchmark):
@@ -278,9 +281,7 @@ def load_learner(name: str, bench: Benchmark):
     if weights.config.get("task") != bench.about["task"]:
         raise FluogenError("weights for another task", where=name, found=weights.config.get("task"), expected=bench.about["task"])
     if "network" in weights.config["modules"]:
-        network = bench.build_network(weights.config["modules"]["network"]["name"])
-        network.load_state_dict(weights.modules["network"])
-        learner = NetworkLearner(name, network, None)
+        learner = NetworkLearner(name, weights.network, None)
     else:
         learner = ControlLearner(weights) if "control" in weights.modules else DirectLearner(weights, weights.direct)
     learner.modules.eval().requires_grad_(False)

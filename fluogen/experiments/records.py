@@ -20,7 +20,7 @@ import torch
 from ..core import FluogenError
 from ..io.files import write_json
 from ..metrics.bootstrap import Interval, paired_interval
-from ..models.zoo import find_record, load_weights
+from ..models.zoo import experiments_hint, find_record, load_weights
 
 # %% ../../nbs/lib/experiments/10_records.ipynb #6cc5ee02
 class RecordError(FluogenError):
@@ -31,7 +31,8 @@ def read_record(folder: str, benchmark: str, name: str = "scores") -> dict:
     "The record `folder/name.json`; raises `RecordError` with the command that makes it."
     record = find_record(folder, name)
     if record is None:
-        raise RecordError("no recorded scores", where=f"{folder}/{name}.json", hint=f"Make them with: fluogen benchmark {benchmark}.")
+        raise RecordError("no recorded scores", where=f"{folder}/{name}.json", 
+                          hint=" ".join(filter(None, (f"Make them with: fluogen benchmark {benchmark}.", experiments_hint()))))
     return record
 
 # %% ../../nbs/lib/experiments/10_records.ipynb #6fe959c8

@@ -237,7 +237,7 @@ def list_sr_variants(method: str, test_set: str = "held-out") -> dict:
 SR_BENCH = Benchmark(
     "bench30", "sr", SR_METHODS, SR_LEARNED, build_sr_learner, draw_sr_pairs, draw_sr_fields, restore_sr_fields, score_sr_fields,
     score_in_time=partial(score_sr_fields, full=False), list_folds=list_halves, variants=list_sr_variants, classical=classical_methods,
-    classical_each_draw=False, build_network=build_baseline, default=(*SR_LEARNED, "direct", "control", "control-frozen"),
+    classical_each_draw=False, default=(*SR_LEARNED, "direct", "control", "control-frozen"),
     shipped=(*SR_LEARNED, "direct", "control"), about={"task": "sr", "scale": 2, "norm": "percentile:0.1,99.9"},
     card={"summary": "{method}, fitted on thirty simulated pairs: a row of figure 4, not for use.",
           "data": "24 + 6 simulated pairs of 128² (draw {seed}), optics range train."})

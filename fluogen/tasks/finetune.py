@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TUNING', 'FINETUNE_PROFILES', 'MAX_VALIDATION', 'DRAWN_MASKS', 'FinetuneError', 'FinetuneResult', 'find_alarm',
            'find_mask_alarm', 'set_profile', 'place_weights', 'load_base', 'split_pairs', 'estimate_minutes',
-           'fit_again', 'measure_input', 'measure_drawing', 'describe_result', 'keep_weights', 'finetune', 'hold_out',
+           'fit_again', 'measure_input', 'measure_drawing', 'describe_result', 'keep_finetuned', 'finetune', 'hold_out',
            'shown_norm', 'expect_gain']
 
 # %% ../../nbs/lib/tasks/50_finetune.ipynb #ca335e47
@@ -198,7 +198,7 @@ def describe_result(made: FinetuneResult, learner: Learner, weights: Weights, so
             "limits": made.alarm or limits}
 
 
-def keep_weights(made: FinetuneResult, learner: Learner, base: str, about: dict, card: dict, source) -> None:
+def keep_finetuned(made: FinetuneResult, learner: Learner, base: str, about: dict, card: dict, source) -> None:
     "Write the new weights as differences to those they began with; facts for the code lie beside the card."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -260,7 +260,7 @@ def finetune(
         about |= {"schedule": asdict(weights.schedule.config)}
     else:
         about |= {"norm": shown_norm(records, norm, log)} | ({"camera": list(camera)} if camera else {})
-    keep_weights(made, learner, base or weights.name, about, describe_result(made, learner, weights, source, config, peft), source)
+    keep_finetuned(made, learner, base or weights.name, about, describe_result(made, learner, weights, source, config, peft), source)
     n_pairs = sum(record.split != "test" for record in records)
     if task == "denoise" and (gain := expect_gain(weights.config.get("facts", {}).get("expected_gain"), len(pairs), n_pairs)):
         log(gain)
