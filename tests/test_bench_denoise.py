@@ -172,4 +172,4 @@ def test_claims_of_figure_5_follow_the_records(monkeypatch):
     assert claims["guard_added"].holds and claims["guard_removed"].holds is False
     there.clear()
     nothing = judged(None, None)
-    assert not [c for c in nothing if c.measured is not None] and all("fluogen train" in c.why or "measured on" in c.why for c in nothing)
+    assert not [c for c in nothing if c.measured is not None] and all("fluogen benchmark" in c.why or "measured on" in c.why for c in nothing)

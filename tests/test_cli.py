@@ -37,7 +37,7 @@ def raw(tmp_path):
 
 def test_help_answers_at_once_and_without_torch():
     "What takes time is importing: 234 modules when this was written, six of them ours."
-    code = ("import sys; from fluogen.cli import main\ntry: main(['--help'])\n"
+    code = ("import sys; from fluogen.cli.main import main\ntry: main(['--help'])\n"
             "finally: print(*sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           stdin=subprocess.DEVNULL)

@@ -71,7 +71,7 @@ def test_the_registry_comes_along(site, tmp_path):
 
 
 def test_the_command_answers(site, tmp_path):
-    code = "import sys; from fluogen.cli import main; sys.exit(main(['--version']))"
+    code = "import sys; from fluogen.cli.main import main; sys.exit(main(['--version']))"
     assert run(tmp_path, "-c", code, PYTHONPATH=str(site)).startswith("fluogen ")
 
 

@@ -24,7 +24,7 @@ def run_restore(args, log) -> int:
     from fluogen.tasks.restore_files import list_images, restore_files
     from fluogen.tasks.restore import RestoreSettings, load_for_task
     settings = RestoreSettings(
-        prompt=args.prompt, samples=args.samples, passes=args.steps, seed=args.seed,
+        prompt=args.prompt, samples=args.samples, steps=args.steps, seed=args.seed,
         tile_px=args.tile, overlap_px=min(32, args.tile // 2),
         intensity=args.intensity, planewise=args.planewise, channel=args.channel, camera=args.camera)
     files, began, bad, kept = list_images(args.input, args.output), time.monotonic(), [], 0
@@ -80,7 +80,7 @@ def run_calibrate(args, log) -> int:
     from fluogen.tasks.restore import RestoreSettings, load_for_task
     from fluogen.uncertainty.calibration import save_calibration
     check_writable(args.out or "calibration.json", ".json")
-    settings = RestoreSettings(prompt=args.prompt, samples=args.samples, passes=args.steps, seed=args.seed, camera=args.camera)
+    settings = RestoreSettings(prompt=args.prompt, samples=args.samples, steps=args.steps, seed=args.seed, camera=args.camera)
     weights = load_for_task(args.task, args.samples, args.model, choose_device(args.device))
     family = args.family or choose_family(weights, settings, args.model)
     heads = load_heads(weights, args.model) if family in HEADED else None

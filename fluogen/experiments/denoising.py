@@ -28,7 +28,7 @@ from ..models.classical import denoise_nlm, tune_nlm
 from ..training.fit import BENCH_CONFIG, TUNE_CONFIG
 from ..training.learners import DirectLearner
 from ..recipes.denoising import DENOISE, ROWS, held_out_fields
-from .baselines import build_denoiser, build_denoising_network_learner
+from .baselines import build_denoising_network_learner
 from .harness import Benchmark, Method, load_start
 
 # %% ../../nbs/lib/experiments/50_denoising.ipynb #a9e2e7f5

@@ -23,9 +23,9 @@ from ..models.zoo import Weights
 from ..training.learners import DirectLearner
 from ..recipes.denoising import held_out_fields, psnr_light
 from ..report.claims import ClaimSpec
-from ..report.plotting import mark_profile, figure_style
+from ..report.plotting import first_plane, mark_profile, figure_style
 from ..report.schematic import Schematic
-from .fig1_overview import flat
+
 
 # %% ../../nbs/lib/figures/20_fig2_control.ipynb #2eca41ae
 class TraceError(FluogenError):
@@ -74,8 +74,8 @@ def trace_control(weights: Weights, structure: str = "microtubules", t: int = 30
     enlarged = upsample(condition, 2).clamp(0, 1)
     fresh = ControlBranch.from_backbone(net)(x_t, when, states, condition)
     psnr = lambda image: -10 * float((image - pair.target).square().mean().log10())
-    return ControlTrace(pair.prompts[0], flat(condition), flat(pair.target), flat(enlarged), flat(noise), net.config.channels, rows,
-                   flat(restored),
+    return ControlTrace(pair.prompts[0], first_plane(condition), first_plane(pair.target), first_plane(enlarged), first_plane(noise), net.config.channels, rows,
+                   first_plane(restored),
                    max(float(r.abs().max()) for r in (*fresh.skips, fresh.mid)), len(rows),
                    len(BackboneConfig.paper().skip_channels) + 1,
                    psnr(restored) - psnr(enlarged))
@@ -88,7 +88,7 @@ def trace_others(denoiser: Weights, photons: float = 20, size_px: int = 128, see
     noisy, denoised = input_light(fields.condition), fitter.restore(fitter.modules, fields.condition, fields.prompts)
     gain = psnr_light(denoised, fields.target) - psnr_light(noisy, fields.target)
     cells = simulate_targets(["DNA of U2OS"], 1, size_px, seed=seed, split="test", instances=True)
-    return {"noisy": flat(noisy), "denoised": flat(denoised), "gain_db": float(gain), "mask": cells.instances[0].numpy()}
+    return {"noisy": first_plane(noisy), "denoised": first_plane(denoised), "gain_db": float(gain), "mask": cells.instances[0].numpy()}
 
 
 FIG2_CLAIMS = (

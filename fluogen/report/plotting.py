@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LUT_POINTS', 'LUT_WORDS', 'STYLE', 'OURS', 'FigureError', 'get_lut', 'name_structures', 'figure_style',
-           'densest_window', 'choose_zoom', 'display_range', 'add_scale_bar', 'image_grid', 'mark_profile',
-           'plot_intervals', 'reduce_colours', 'save_figure', 'check_figure_path']
+           'densest_window', 'choose_zoom', 'first_plane', 'display_range', 'add_scale_bar', 'image_grid',
+           'mark_profile', 'plot_intervals', 'reduce_colours', 'save_figure', 'check_figure_path']
 
 # %% ../../nbs/lib/report/10_plotting.ipynb #75b43491
 import io
@@ -108,6 +108,11 @@ def choose_zoom(
     return tuple(round(float(pixels * pixel_um), 9) for pixels in (*densest_window(reference, height, width), width))
 
 # %% ../../nbs/lib/report/10_plotting.ipynb #f23319cb
+def first_plane(image) -> np.ndarray:
+    "Of a tensor (1, 1, H, W), as (H, W) float32."
+    return image[0, 0].float().cpu().numpy()
+
+
 def display_range(reference) -> tuple[float, float]:
     "Intensities shown as black and as full colour: 0.1 and 99.9 per cent of the reference, black at most 0."
     finite = np.asarray(reference)[np.isfinite(reference)]
