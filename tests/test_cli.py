@@ -196,7 +196,7 @@ def test_interrupted_and_full(run, raw, tmp_path, model, monkeypatch):
     for error, code in ((KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)):
         def fail(*a, error=error, **k):
             raise error
-        monkeypatch.setattr(folders, "restore_file", fail)
+        monkeypatch.setattr(folders, "_restore_file", fail)
         found, out, err = run("restore", raw, tmp_path / "out", "--model", model)
         assert found == code and len(err) == 2 and err[1].startswith("fluogen: ")
 

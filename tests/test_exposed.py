@@ -197,7 +197,7 @@ def test_own_noisy_pairs_on_any_scale(toy, tmp_path):
     write_image(tmp_path / "clean3.tif", read_image(tmp_path / "noisy3.tif").array)
     with pytest.raises(UnusablePairError, match="same pixels"):
         read_field(records[3], weights)
-    with pytest.raises(CalibrationError, match="not a pair"):
+    with pytest.raises(UnusablePairError, match="not a pair"):
         read_field(replace(records[0], conditioning_image=None), weights)
 
 

@@ -74,7 +74,7 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
     assert why == "" and "ten passes" in format_grades(found) and summarize_fig3(found, "")
     claims = {claim.id: claim for claim in judge_claims(FIG3_CLAIMS, measure_fig3(found))}
     assert all(claim.measured is not None or claim.why for claim in claims.values())
-    assert f"{found['grades']['held-out scenes']['fidelity']:.3f} of as many held-out scenes" in claims["fidelity"].why
+    assert f"{found['grades']['held-out scenes']['fidelity']:.3f} of as many held-out specimens" in claims["fidelity"].why
     assert all(row["n"] > 0 for row in fig3_rows(found, {"a": [np.zeros((4, 4))]}, {"a": np.zeros((4, 4))}))
     none, why = open_grades("other@123")
     assert none is None and "other@123" in why and "score-prior" in why

@@ -54,7 +54,7 @@ def drawer(tmp_path_factory):
     prior, manifest = save_prior(folder / "prior"), write_manifest(folder)
     made = finetune(manifest, "drawer", task="mask2image", base=str(prior), work=folder / "work", out=folder, config=SHORT, device="cpu", log=said.append,
                        progress=False)
-    assert any("set aside" in line for line in said)
+    assert any("held out" in line for line in said)
     return folder, made
 
 
@@ -166,8 +166,8 @@ def test_integers_fill_their_range_and_other_seeds_draw_other_pictures(drawer, t
     (lambda labels: Image(np.random.default_rng(0).random((32, 32)), "YX"), ONE, "not a label map"),
     (lambda labels: Image(np.zeros((32, 32), int), "YX"), ONE, "constant"),
     (lambda labels: Image(np.stack([labels] * 3, -1), "YXS"), ONE, "a colour image"),
-    (lambda labels: Image(labels, "YX"), RestoreSettings(samples=4), "one picture for a mask"),
-    (lambda labels: Image(labels, "YX"), RestoreSettings(), "one picture for a mask")])
+    (lambda labels: Image(labels, "YX"), RestoreSettings(samples=4), "one image for a mask"),
+    (lambda labels: Image(labels, "YX"), RestoreSettings(), "one image for a mask")])
 def test_wrong_masks_and_settings_are_refused(drawer, make, settings, match):
     with pytest.raises(RestoreError, match=match) as caught:
         restore_image(make(squares()), load_weights(str(drawer[1].folder)), settings)

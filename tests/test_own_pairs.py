@@ -133,7 +133,7 @@ def test_a_model_is_tuned_kept_and_used(tmp_path, samples):
     manifest, said = write_manifest(tmp_path, [((32, 32), 2, f"cell{i}") for i in range(5)]), []
     made = finetune(manifest, "mine", base=str(tmp_path / "toy"), samples=samples, work=tmp_path / "work", out=tmp_path, config=SHORT,
                  device="cpu", log=said.append)
-    assert any("set aside" in line for line in said) and made.n_held == 1 and made.n_train == 4
+    assert any("held out" in line for line in said) and made.n_held == 1 and made.n_train == 4
     weights = load_weights(str(tmp_path / "mine"))
     assert weights.config["task"] == "sr" and ("control" in weights.modules) == samples
     assert "before" in (tmp_path / "mine" / "card.md").read_text()

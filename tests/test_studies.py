@@ -1,5 +1,6 @@
 "The recipes behind figures 3 and 3b: options handed on, small runs that go on where they stopped, records that refuse what they are not."
 import inspect
+from dataclasses import replace
 
 import pytest
 
@@ -29,15 +30,15 @@ def test_the_command_hands_its_options_on(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "dataset", "work", "expected"), [
-    ("sr", None, "bench30", {"seeds": [0, 1, 2], "dataset": "simulated", "record": "scores", "n_per_structure": 4}),
-    ("sr", "mine", "bench30/real", {"seeds": [0, 1, 2, 3, 4, 5], "dataset": "mine", "record": "real", "n_per_structure": 25}),
+    ("sr", None, "bench30", {"seeds": [0, 1, 2], "dataset": "simulated", "record": None, "n_fields": None}),
+    ("sr", "mine", "bench30", {"seeds": [0, 1, 2, 3, 4, 5], "dataset": "mine", "record": "real", "n_fields": 25}),
     ("denoise", None, "bench-denoise", {"seeds": [0, 1, 2], "dataset": "simulated"}),
     ("denoise", "fmd", "bench-denoise", {"seeds": list(range(9)), "dataset": "fmd"}),
     ("sample-size", None, "bench-pairs", {"seeds": list(range(5))})])
 def test_a_benchmark_of_real_images_takes_more_draws_and_a_record_of_its_own(monkeypatch, tmp_path, capsys, name, dataset, work, expected):
-    from fluogen.experiments import denoising, sample_size, super_resolution
-    module, function = {"sr": (super_resolution, "run_sr_benchmark"), "denoise": (denoising, "run_denoise_benchmark"),
-                        "sample-size": (sample_size, "run_curve")}[name]
+    from fluogen.experiments import denoising, harness, sample_size
+    module, function = (sample_size, "run_curve") if name == "sample-size" else (harness, "run_benchmark")
+    monkeypatch.setattr(denoising, "DENOISE_BENCH", replace(denoising.DENOISE_BENCH, list_folds=lambda source: [{"cell"}] * 9))
     calls, own = [], inspect.signature(getattr(module, function))
 
     def record(*given, **more):
@@ -49,6 +50,7 @@ def test_a_benchmark_of_real_images_takes_more_draws_and_a_record_of_its_own(mon
     go = ["benchmark", name, "--out", str(tmp_path), "--work", str(tmp_path / "w"), "--seconds", "7"]
     assert main(go + (["--dataset", dataset] if dataset else [])) == 0 and capsys.readouterr().out == f"{tmp_path / 'there'}\n"
     found = calls.pop()
+    assert name == "sample-size" or found["bench"].command == name
     assert found["out"] == tmp_path and found["work"] == tmp_path / "w" / work and found["seconds"] == 7 and found["methods"] is None
     assert {key: list(found[key]) if key == "seeds" else found[key] for key in expected} == expected
     assert main([*go, "--seeds", "4", "--methods", "a", "b", "--workers", "2"]) == 0

@@ -126,7 +126,7 @@ def main(home, kind, trials, kills_each):
     for trial in range(trials):
         rng, folder = random.Random(trial), f"{home}/{trial}"
         for _ in range(kills_each):
-            kills += not live(folder, kind, rng.uniform(0, 0.7 * length / kills_each))     # a life resumes where the last one ended
+            kills += not live(folder, kind, rng.uniform(0, 0.4 * length / kills_each))     # a life resumes where the last one ended
         live(folder, kind)
         equal += fingerprint(folder) == expected
         left |= {p.name for p in Path(folder).iterdir()}

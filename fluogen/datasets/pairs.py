@@ -241,7 +241,7 @@ def check_aligned(condition, target, where) -> None:
     "Raise for a target that lies beside its input."
     if (shift := measure_shift(condition, target)).exceeds(SHIFT_PX):
         raise UnusablePairError("the target lies beside the input", where=where, found=f"{shift.length:.1f} pixels of the input",
-                                hint="Align the pairs: fluogen check MANIFEST --mend OUT.")
+                                hint="Align the pairs: fluogen check MANIFEST --align OUT.")
 
 # %% ../../nbs/lib/datasets/95_pairs.ipynb #0099b414
 def show_pair(noisy: np.ndarray, clean: np.ndarray, noise: NoiseModel) -> tuple[torch.Tensor, torch.Tensor]:

@@ -183,11 +183,8 @@ def grade_prior(
 
 
 def encoder_accuracy(encoder: ImageEncoder) -> float | None:
-    "Its accuracy on held-out specimens, from its card; None for an encoder that was never shipped."
-    if not hasattr(encoder, "id"):
-        return None
-    scores = load_weights(encoder.id.split("@")[0]).config["card"]["scores"]
-    return next((value for name, value in scores.items() if "training microscopes" in name), None)
+    "Its accuracy on held-out specimens, as its weights state it; None for an encoder that was never shipped."
+    return load_weights(encoder.id.split("@")[0]).facts.get("accuracy") if hasattr(encoder, "id") else None
 
 
 def round_numbers(value):

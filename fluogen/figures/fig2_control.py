@@ -74,7 +74,8 @@ def trace_control(weights: Weights, structure: str = "microtubules", t: int = 30
     enlarged = upsample(condition, 2).clamp(0, 1)
     fresh = ControlBranch.from_backbone(net)(x_t, when, states, condition)
     psnr = lambda image: -10 * float((image - pair.target).square().mean().log10())
-    return ControlTrace(pair.prompts[0], first_plane(condition), first_plane(pair.target), first_plane(enlarged), first_plane(noise), net.config.channels, rows,
+    return ControlTrace(pair.prompts[0], first_plane(condition), first_plane(pair.target),
+                        first_plane(enlarged), first_plane(noise), net.config.channels, rows,
                    first_plane(restored),
                    max(float(r.abs().max()) for r in (*fresh.skips, fresh.mid)), len(rows),
                    len(BackboneConfig.paper().skip_channels) + 1,

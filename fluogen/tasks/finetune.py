@@ -26,8 +26,8 @@ from ..datasets.registry import load_dataset
 from ..metrics.bootstrap import mean_interval
 from ..metrics.segmentation import measure_following
 from ..diffusion.direct import upsample
-from ..models.cards import module_configs
-from ..models.zoo import Weights, save_weights, state_fact, weight_folders
+from ..models.cards import facts_of, module_configs
+from ..models.zoo import Weights, save_weights, weight_folders
 from ..training.checkpoint import OtherTrainingError, hash_tensors
 from ..training.fit import MASK_CONFIG, TUNE_CONFIG, FitConfig, fit, pace
 from ..training.learners import Learner, build_learner
@@ -63,13 +63,13 @@ class FinetuneResult:
                     f"denoising loss {self.before:.4f} without and {self.after:.4f} with the mask")
         else:
             said = f"{self.before:.2f} dB before, {self.after:.2f} dB after tuning, {self.enlarged:.2f} dB the input itself"
-        return f"{self.name}: {said} ({self.n_held} tiles of cells set aside)" + (f"\n{self.alarm}" if self.alarm else "")
+        return f"{self.name}: {said} ({self.n_held} tiles of cells held out)" + (f"\n{self.alarm}" if self.alarm else "")
 
 
 def find_alarm(before: float, after: float, values: list[float]) -> str:
     "One line when tuning did not help, or went on to harm after its best."
     if after < before + 0.005:                         # what the numbers show as nothing
-        return "Tuning gained nothing on the cells set aside: use the model as it came, or bring pairs of more cells."
+        return "Tuning gained nothing on the cells held out: use the model as it came, or bring pairs of more cells."
     if values and max(values) - values[-1] > 0.5:
         return (f"Overfitting: {max(values) - values[-1]:.1f} dB lost after the best step, which was kept. "
                 "More cells would help more than more steps.")
@@ -79,7 +79,7 @@ def find_alarm(before: float, after: float, values: list[float]) -> str:
 def find_mask_alarm(before: float, after: float, follows: float, measured: float) -> str:
     "One line where the masks steer nothing, or less than half-way."
     if after >= before:
-        return "The masks taught nothing on the cells set aside: check that each lies on its image, or bring pairs of more cells."
+        return "The masks taught nothing on the cells held out: check that each lies on its image, or bring pairs of more cells."
     if follows < 0.5 * measured:
         return "Drawn objects do not follow their masks yet: give it more --minutes, or pairs of more cells."
     return ""
@@ -198,13 +198,13 @@ def describe_result(made: FinetuneResult, learner: Learner, weights: Weights, so
             "limits": made.alarm or limits}
 
 
-def keep_finetuned(made: FinetuneResult, learner: Learner, base: str, about: dict, card: dict, source) -> None:
+def keep_finetuned(made: FinetuneResult, learner: Learner, weights: Weights, base: str, about: dict, card: dict, source) -> None:
     "Write the new weights as differences to those they began with; facts for the code lie beside the card."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_weights(made.folder, {k: m.state_dict() for k, m in learner.modules.to("cpu").items()},
-                     about | {"modules": module_configs(learner.modules)}, card, "int8", base)
-    state_fact(made.folder, "tuned_on", Path(source).name)
+                     about | {"modules": module_configs(learner.modules)}, card, "int8", base,
+                     facts=facts_of(weights, tuned_on=Path(source).name))
 
 # %% ../../nbs/lib/tasks/50_finetune.ipynb #f6a50c09
 def finetune(
@@ -247,7 +247,7 @@ def finetune(
     score = lambda: learner.validation_loss(learner.modules, held_there) * (1 if masks else -1)
     before = score()
     if not masks:
-        log(f"{before:.2f} dB on what is set aside before the first step")
+        log(f"{before:.2f} dB on what is held out before the first step")
     result = fit_again(learner, training, held, config, Path(work) / name, callback, progress, weights.id)
     merge_peft(learner)
     after, values = score(), [-v["value"] for v in result.validations if v["value"] is not None]
@@ -260,7 +260,7 @@ def finetune(
         about |= {"schedule": asdict(weights.schedule.config)}
     else:
         about |= {"norm": shown_norm(records, norm, log)} | ({"camera": list(camera)} if camera else {})
-    keep_finetuned(made, learner, base or weights.name, about, describe_result(made, learner, weights, source, config, peft), source)
+    keep_finetuned(made, learner, weights, base or weights.name, about, describe_result(made, learner, weights, source, config, peft), source)
     n_pairs = sum(record.split != "test" for record in records)
     if task == "denoise" and (gain := expect_gain(weights.config.get("facts", {}).get("expected_gain"), len(pairs), n_pairs)):
         log(gain)
@@ -274,7 +274,7 @@ def hold_out(
     for note in notes:
         log(note)
     training, held = split_pairs(pairs, seed, {record.group for record in records if record.split == "val"})
-    log(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} set aside; "
+    log(f"{len(training)} tiles of {len(set(training.groups))} groups to learn from, {len(held)} of {len(set(held.groups))} held out; "
         f"up to about {estimate_minutes(learner, training, config):.1f} minutes")
     return training, held
 

@@ -250,10 +250,8 @@ PREVIEWED = 5               # lines about pairs that are left out
 
 
 def tuned_on(weights: Weights) -> str | None:
-    "The data set that weights were fine-tuned on, None for pretrained ones: a fact of the config; without it, the command on the card."
-    command = weights.config.get("card", {}).get("recipe", "").split()
-    known = command[2] if command[:2] == ["fluogen", "finetune"] else None
-    return (weights.config.get("facts") or {}).get("tuned_on", known)
+    "The data sets that weights were fine-tuned on, in one text; None for pretrained ones. A fact of the config."
+    return ", ".join(weights.facts.get("tuned_on") or ()) or None
 
 
 def unseen_pairs(source: str | Path, weights: Weights, log=print) -> list:

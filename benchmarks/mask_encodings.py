@@ -1,4 +1,4 @@
-"""Masks to images: `python benchmarks/bench_masks.py` prints a Markdown table; `--help` lists the options.
+"""Masks to images: `python benchmarks/mask_encodings.py` prints a Markdown table; `--help` lists the options.
 
 What a network is shown of a mask, and whether the backbone is tuned with its branch or frozen, after as many steps each: the denoising loss
 and the overlap of drawn objects with their masks, both on scenes or groups set aside. Simulated nuclei and cocci, or pairs of a manifest."""

@@ -1,4 +1,4 @@
-"""Pairs a second: `python benchmarks/bench_pairs.py` prints a Markdown table; `--help` lists the options.
+"""Pairs a second: `python benchmarks/simulation_speed.py` prints a Markdown table; `--help` lists the options.
 
 Each cell: pictures a second by the clock (CPU milliseconds a picture, summed over threads). On a busy machine
 the second number is the one to trust: two free cores reach about 2000 divided by it."""
