@@ -131,8 +131,8 @@ def test_tuned_weights_are_calibrated_on_what_they_did_not_learn_from(model, tmp
 
 def test_the_fact_and_not_the_card_tells_what_weights_were_tuned_on(model):
     weights, card = load_weights(model), {"recipe": "fluogen finetune mine.jsonl --task sr --name x"}
-    for config, expected in (({}, None), ({"card": card}, "mine.jsonl"), ({"facts": {"tuned_on": "hers.jsonl"}}, "hers.jsonl"),
-                             ({"card": card, "facts": {"seen": 3}}, "mine.jsonl"), ({"card": card, "facts": {"tuned_on": None}}, None)):
+    for config, expected in (({}, None), ({"card": card}, None), ({"facts": {"tuned_on": ["hers.jsonl"]}}, "hers.jsonl"),
+                             ({"card": card, "facts": {"tuned_on": ["his", "hers"]}}, "his, hers"), ({"card": card, "facts": {"tuned_on": []}}, None)):
         assert tuned_on(replace(weights, config=weights.config | {"card": {}} | config)) == expected
 
 

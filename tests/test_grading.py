@@ -77,7 +77,7 @@ def test_the_recipe_goes_on_where_it_stopped_and_its_record_is_read(toy, tmp_pat
     assert f"{found['grades']['held-out scenes']['fidelity']:.3f} of as many held-out specimens" in claims["fidelity"].why
     assert all(row["n"] > 0 for row in fig3_rows(found, {"a": [np.zeros((4, 4))]}, {"a": np.zeros((4, 4))}))
     none, why = open_grades("other@123")
-    assert none is None and "other@123" in why and "score-prior" in why
+    assert none is None and "other@123" in why and "benchmark generation" in why
     assert all(claim.measured is None and claim.why for claim in judge_claims(FIG3_CLAIMS, measure_fig3(none), why))
 
 

@@ -269,7 +269,7 @@ def test_a_target_beside_its_input_teaches_nothing(tmp_path):
         write_image(tmp_path / f"lr{i}.tif", fine.reshape(64, 2, 64, 2).mean((1, 3)).astype(np.uint16))
         write_image(tmp_path / f"hr{i}.tif", np.roll(fine, 6 * (i == 1), 1).astype(np.uint16))
     pairs, notes = read_pairs(manifest)
-    assert set(pairs.groups) == {"a", "c"} and "beside the input" in notes[0] and "--mend" in notes[0]
+    assert set(pairs.groups) == {"a", "c"} and "beside the input" in notes[0] and "--align" in notes[0]
 
 
 def test_the_camera_that_only_pairs_tell_comes_along(tmp_path):

@@ -260,7 +260,8 @@ def finetune(
         about |= {"schedule": asdict(weights.schedule.config)}
     else:
         about |= {"norm": shown_norm(records, norm, log)} | ({"camera": list(camera)} if camera else {})
-    keep_finetuned(made, learner, weights, base or weights.name, about, describe_result(made, learner, weights, source, config, peft), source)
+    keep_finetuned(made, learner, weights, base or weights.name, about,
+                   describe_result(made, learner, weights, source, config, peft), source)
     n_pairs = sum(record.split != "test" for record in records)
     if task == "denoise" and (gain := expect_gain(weights.config.get("facts", {}).get("expected_gain"), len(pairs), n_pairs)):
         log(gain)
