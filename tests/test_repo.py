@@ -270,6 +270,8 @@ def test_the_two_nbdev_configurations_agree():
         assert found == (str(value) if isinstance(value, bool) else value), key
     script, = toml["project"]["scripts"].items()
     assert ini["console_scripts"] == "=".join(script)
+    from fluogen.core import resolve
+    assert callable(resolve(script[1])), "the installed command would not start"
 
 
 def closure(*wanted: str) -> set[str]:
