@@ -32,13 +32,13 @@ from .splits import FRACTIONS
 
 # %% ../../nbs/lib/datasets/80_check.ipynb #d0dd4afe
 KINDS = ("missing-file", "checksum", "leak-group", "leak-file", "leak-content", "folder-prompt", "unknown-prompt",
-         "same-file", "duplicate")                      # most serious first
+         "same-file", "duplicate")                      # of what the records alone show, most serious first
 
 
 @dataclass(frozen=True)
 class Finding:
     "One thing that is wrong, and where: `where: kind: what`."
-    kind: str               # one of `KINDS`
+    kind: str               # a key of `ADVICE`
     where: str              # file:line of the first record concerned
     what: str               # in words
     count: int = 1          # how many records it concerns
