@@ -9,7 +9,7 @@ from tree import LADDER, dotted, imports_of, modules, name_of
 
 SYSTEMS = {"sted", "fusion", "saft", "cellgen", "scale"}            # they never import one another
 BESIDE = {"experiments", "figures"}                                 # measurements and figures: no product code imports them
-TABLES = {"cli.parser", "cli.main", "recipes.catalog", "experiments.run", "models.zoo", "datasets.check"}
+TABLES = {"cli.parser", "recipes.catalog", "experiments.run", "models.zoo", "datasets.check"}
 # The only exception: tables that name functions as text, "fluogen.package.module:function", resolved when called.
 LATE = re.compile(r"fluogen((?:\.\w+)+):(\w+)")
 

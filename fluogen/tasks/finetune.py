@@ -191,9 +191,9 @@ def describe_result(made: FinetuneResult, learner: Learner, weights: Weights, so
             else f"{weights.id} tuned on {file}.",
             "data": f"{made.n_train} tiles to learn from, {made.n_held} of other groups to stop by.",
             "licence": "That of the images it was tuned on; ask their owner before you pass it on.",
-            "recipe": f"fluogen finetune {shlex.quote(file)} --task {made.task} --name {shlex.quote(made.name)} --free {peft} "
+            "recipe": f"fluogen finetune {shlex.quote(file)} --task {made.task} --name {shlex.quote(made.name)} --peft {peft} "
                       f"--seed {config.seed}",
-            "training": tuned if masks else tuned | {"share of it": learner.wise_ft_weight, "free": peft},
+            "training": tuned if masks else tuned | {"WiSE-FT weight": learner.wise_ft_weight, "peft": peft},
             "scores": {name: round(value, 4 if masks else 2) for name, value in scores.items() if np.isfinite(value)},
             "limits": made.alarm or limits}
 
